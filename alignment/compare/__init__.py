@@ -1,0 +1,1 @@
+"""Comparison of outputs, stage by stage; nothing here runs a model."""

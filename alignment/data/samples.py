@@ -1,0 +1,82 @@
+"""Preprocessed images with their geometry: every backend gets these bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alignment.data.coco import CocoDataset, ImageEntry, read_image
+from alignment.data.preprocess import Transform, preprocess
+from alignment.data.synthetic import synthetic_root
+from alignment.errors import AlignError
+from alignment.storage import data_dir
+from alignment.variant import Variant
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One preprocessed image.
+
+    Attributes:
+        entry: which image.
+        tensor: ``[3, H, W] float32``, the bytes that every backend gets.
+        transform: geometry, to bring boxes back to the original image.
+        digest: 16 hex digits over the bytes of `tensor`.
+    """
+
+    entry: ImageEntry
+    tensor: np.ndarray
+    transform: Transform
+    digest: str
+
+
+class Samples:
+    """The images of a dataset, preprocessed as a variant asks for; iterating reads one image ahead."""
+
+    def __init__(self, variant: Variant, dataset: CocoDataset) -> None:
+        dataset.require_classes(variant.classes, variant.name)
+        self.variant, self.dataset = variant, dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset.images)
+
+    def __iter__(self) -> Iterator[Sample]:
+        with ThreadPoolExecutor(1) as pool:
+            entries = self.dataset.images
+            ahead = pool.submit(self.load, entries[0])
+            for following in [*entries[1:], None]:
+                sample = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(self.load, following)
+                yield sample
+
+    def load(self, entry: ImageEntry) -> Sample:
+        """Reads and preprocesses one image.  Raises AlignError for a file that is no image."""
+        tensor, transform = preprocess(read_image(entry.path), self.variant.input, self.variant.preprocess)
+        return Sample(entry, tensor, transform, hashlib.sha256(tensor.tobytes()).hexdigest()[:16])
+
+
+def dataset_root(variant: Variant, data: Path | None = None) -> Path | None:
+    """Where the variant's images are: `data`, else the embedded set, else ``$ALIGN_DATA/coco``; None if not there."""
+    if variant.dataset == "synthetic":
+        return synthetic_root()
+    if data is not None:
+        return data
+    default = data_dir() / "coco"
+    return default if default.is_dir() else None
+
+
+def open_samples(variant: Variant, data: Path | None = None, limit: int | None = None) -> Samples:
+    """The variant's validation images, the first `limit` of them.  Raises AlignError when there are none."""
+    root = dataset_root(variant, data)
+    if root is None:
+        raise AlignError(
+            f"{variant.name}: no images: {data_dir() / 'coco'} does not exist",
+            "give --data DIR or set ALIGN_DATA",
+        )
+    return Samples(variant, CocoDataset.open(root, "val2017", limit))

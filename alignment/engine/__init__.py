@@ -1,0 +1,1 @@
+"""TensorRT: what a version can do, building engines, reading their logs."""

@@ -1,0 +1,206 @@
+"""From a torch detector to one ONNX file that carries its own papers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+
+from alignment import __version__
+from alignment.errors import AlignError
+from alignment.storage import cache_dir, locked, writing
+from alignment.variant import OnnxSource, Variant
+
+INPUT = "images"
+OPSETS = range(13, 18)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        opset: 13 to 17 (the TorchScript exporter's useful range for TensorRT 8.6 and later).
+        batch: a fixed batch size, or None for a dynamic first axis.
+        outputs: ``decoded`` (boxes, scores), ``raw`` (head outputs) or ``both``.
+    """
+
+    opset: int = 17
+    batch: int | None = None
+    outputs: Literal["both", "decoded", "raw"] = "both"
+
+    def __post_init__(self) -> None:
+        if self.opset not in OPSETS:
+            raise AlignError(f"opset {self.opset} is not supported", f"give one from {OPSETS[0]} to {OPSETS[-1]}")
+        if self.batch is not None and self.batch < 1:
+            raise AlignError(f"batch {self.batch} is not a batch size", "give 1 or more, or none for a dynamic batch")
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An ONNX file and, beside it, its node map (absent for a bare ONNX source)."""
+
+    onnx: Path
+    node_map: Path | None
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the ONNX file, 64 hex digits."""
+        return file_digest(self.onnx)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits.  Raises AlignError when it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise AlignError(f"{path}: {error.strerror}", "give the file that the variant's YAML names") from None
+
+
+def exported(variant: Variant, options: ExportOptions | None = None) -> ExportedModel:
+    """The variant's ONNX file: exported once and kept in the cache, or the bare file itself after a check.
+
+    Raises:
+        AlignError: for weights that are missing or do not fit, or a graph that is not valid.
+    """
+    options = options or ExportOptions()
+    if isinstance(variant.source, OnnxSource):
+        check_onnx(variant.source.file)
+        return ExportedModel(variant.source.file, None)
+    import torch
+
+    key = [variant.fingerprint(), file_digest(variant.weights), asdict(options), __version__, torch.__version__]
+    digest = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
+    folder = cache_dir() / "onnx" / f"{variant.name}-{digest}"
+    path = folder / f"{variant.name}.onnx"
+    with locked(folder):
+        if not path.is_file():
+            export(variant, folder, options)
+    return ExportedModel(path, node_map_path(path))
+
+
+def node_map_path(path: Path) -> Path:
+    """Where the node map of an ONNX file lies."""
+    return path.with_suffix(".node_map.json")
+
+
+def export(variant: Variant, folder: Path, options: ExportOptions) -> ExportedModel:
+    """Writes ``<variant>.onnx`` and ``<variant>.node_map.json`` into `folder`; the ONNX appears last and whole.
+
+    Raises:
+        AlignError: for weights that are missing or do not fit.
+    """
+    from alignment.export.node_map import build_node_map
+    from alignment.models.detector import fused
+    from alignment.models.mmyolo_source import build_detector
+
+    detector = fused(build_detector(variant))
+    path = folder / f"{variant.name}.onnx"
+    with writing(path) as temporary:
+        _trace(detector, variant, options, temporary)
+        model = _simplify(onnx.load(temporary))
+        if model.opset_import[0].version != options.opset:
+            raise AlignError(f"{variant.name}: opset {options.opset} asked for, {model.opset_import[0].version} written")
+        node_map = build_node_map(model, detector)
+        _add_papers(model, variant, options)
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, temporary)
+        with writing(node_map_path(path)) as beside:
+            beside.write_text(json.dumps(node_map, indent=1) + "\n")
+    return ExportedModel(path, node_map_path(path))
+
+
+def check_onnx(path: Path) -> onnx.ModelProto:
+    """Loads and checks an ONNX file.
+
+    Raises:
+        AlignError: when it is missing, truncated, not ONNX, or uses an op or opset that ONNX does not know.
+    """
+    mend = "export it again"
+    if not path.is_file():
+        raise AlignError(f"{path}: no such file", "give the ONNX file that the variant's YAML names")
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and checker have error types of their own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise AlignError(f"{path}: not a valid ONNX model: {reason}", mend) from None
+    if not model.graph.node:
+        raise AlignError(f"{path}: holds no nodes", mend)
+    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+    if opset < 11:
+        raise AlignError(f"{path}: opset {opset}, but 11 is the oldest that is supported here", mend)
+    return model
+
+
+def _trace(detector, variant: Variant, options: ExportOptions, path: Path) -> None:
+    import torch
+
+    names = detector.output_names
+    keep = {"both": slice(None), "decoded": slice(0, 2), "raw": slice(2, None)}[options.outputs]
+
+    class Chosen(torch.nn.Module):
+        """Only the outputs that were asked for, so that the others' branches are not exported."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.detector = detector
+
+        def forward(self, image):
+            return self.detector(image)[keep]
+
+    image = torch.zeros(options.batch or 1, 3, variant.input.height, variant.input.width)
+    dynamic = {name: {0: "batch"} for name in [INPUT, *names[keep]]} if options.batch is None else None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Chosen().eval(),
+            (image,),
+            str(path),
+            input_names=[INPUT],
+            output_names=names[keep],
+            dynamic_axes=dynamic,
+            opset_version=options.opset,
+            dynamo=False,
+        )
+
+
+def _simplify(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Folds constants and dead shapes; names of nodes with weights survive, `build_node_map` checks it."""
+    import onnxslim
+
+    slim = onnxslim.slim(model)
+    return onnx.shape_inference.infer_shapes(slim, check_type=True, strict_mode=True)
+
+
+def _add_papers(model: onnx.ModelProto, variant: Variant, options: ExportOptions) -> None:
+    import onnxslim
+    import torch
+
+    papers = {
+        "variant": variant.name,
+        "variant_fingerprint": variant.fingerprint(),
+        "weights_sha256": file_digest(variant.weights),
+        "preprocess": variant.preprocess.model_dump_json(),
+        "export": json.dumps(asdict(options)),
+        "versions": json.dumps(
+            {
+                "alignment": __version__,
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+                "onnxslim": onnxslim.__version__,
+            }
+        ),
+    }
+    del model.metadata_props[:]
+    for key, value in papers.items():
+        model.metadata_props.add(key=f"alignment.{key}", value=value)
+    model.producer_name, model.producer_version = "alignment", __version__

@@ -1,0 +1,1 @@
+"""Where detectors come from: mmyolo configs with checkpoints, and ONNX files."""

@@ -1,0 +1,1 @@
+"""From typed results to pages that people read; nothing here computes."""

@@ -1,0 +1,110 @@
+"""The RUN folder: ``alignment.json``, ``report.html`` and the pictures both point to."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from alignment.errors import AlignError
+from alignment.report.html import render
+from alignment.results import SCHEMA_VERSION, Alignment, CaseResult
+from alignment.storage import writing
+
+RESULTS = "alignment.json"
+REPORT = "report.html"
+
+
+def write_run(alignment: Alignment, folder: Path) -> None:
+    """Writes ``alignment.json``, then ``report.html``, each whole or not at all.
+
+    Floats that JSON has no word for are written as the strings ``"Infinity"``, ``"-Infinity"`` and ``"NaN"``, which
+    `read_run` turns back.
+
+    Args:
+        alignment: the results; pictures they name are already in `folder`.
+        folder: the RUN folder, made when it does not exist.
+    """
+    content = _finite(alignment.model_dump(mode="json"))
+    with writing(folder / RESULTS) as file:
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    with writing(folder / REPORT) as file:
+        file.write_text(render(alignment, folder), encoding="utf-8")
+
+
+def read_run(folder: Path) -> Alignment:
+    """Reads the results of a RUN folder.
+
+    Raises:
+        AlignError: ``alignment.json`` is missing, not JSON, of another schema version, or not as the schema has it.
+    """
+    path = folder / RESULTS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AlignError(f"{path} does not exist", f"name the folder of a finished run, which holds {RESULTS}") from None
+    except OSError as error:
+        raise AlignError(f"{path} cannot be read ({error.strerror})", "name the folder of a finished run") from error
+    except ValueError as error:
+        raise AlignError(f"{path} is not JSON ({error})", "run again: the file is damaged") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        found = "no schema_version" if version is None else f"schema_version {version!r}"
+        raise AlignError(
+            f"{path} has {found}, this version of alignment reads {SCHEMA_VERSION}",
+            "read it with the version that wrote it, or run again",
+        )
+    try:
+        return Alignment.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise AlignError(
+            f"{path}: {place}: {first['msg']}", "run again, or update alignment if a newer version wrote the file"
+        ) from error
+
+
+def merge(parts: list[Alignment]) -> Alignment:
+    """Joins what the workers of one run found.
+
+    Cases are ordered by id, and of a case that occurs twice the last one counts.  `created`, `command` and `machine`
+    are those of the first part, `dataset` is the first that is not empty, and `timing` is the union, where a later
+    part replaces a key of an earlier one.
+
+    Raises:
+        AlignError: there is no part.
+    """
+    if not parts:
+        raise AlignError("no results to merge", "run at least one case")
+    cases: dict[str, CaseResult] = {}
+    timing: dict[str, float] = {}
+    for part in parts:
+        timing.update(part.timing)
+        cases.update({case.case.id: case for case in part.cases})
+    return Alignment(
+        created=parts[0].created,
+        command=parts[0].command,
+        machine=parts[0].machine,
+        dataset=next((part.dataset for part in parts if part.dataset), {}),
+        timing=timing,
+        cases=[cases[name] for name in sorted(cases)],
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of ``alignment.json``."""
+    return Alignment.model_json_schema()
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every infinity and NaN in it as a string that pydantic reads back as a float."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,0 +1,157 @@
+"""What a run found: the typed content of ``alignment.json``.
+
+`compare` and `pipeline` fill these models, `report` and `pytest_plugin` read them.  A field is only ever added, as
+optional, under the same `SCHEMA_VERSION`; anything else raises the version.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+StageName = Literal["input", "raw", "decoded", "detections", "map"]
+STAGES: tuple[StageName, ...] = ("input", "raw", "decoded", "detections", "map")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorStats(_Model):
+    """Errors of one tensor against another, over all elements of all images.
+
+    `p99_abs` is exact to 1 %; `sqnr_db` is 10 log10(signal / noise power), absent when there is no noise;
+    `nonfinite` counts elements that are finite on one side only.
+    """
+
+    count: int
+    max_abs: float
+    mean_abs: float
+    p99_abs: float
+    cosine: float
+    sqnr_db: float | None
+    nonfinite: int = 0
+
+
+class TensorResult(_Model):
+    """One named output: subject against reference, and both against float64 on `referee_images` images."""
+
+    name: str
+    unit: str
+    difference: ErrorStats
+    reference_error: ErrorStats | None = None
+    subject_error: ErrorStats | None = None
+    referee_images: int = 0
+
+
+class Check(_Model):
+    """One number held to one limit.  `origin` says where the limit comes from."""
+
+    name: str
+    value: float
+    limit: str
+    ok: bool
+    origin: str = ""
+
+
+class StageResult(_Model):
+    """One stage; ``not_checked`` always comes with a `note` that says why."""
+
+    name: StageName
+    status: Literal["pass", "fail", "not_checked"]
+    note: str = ""
+    checks: list[Check] = []
+    tensors: list[TensorResult] = []
+
+
+class Box(_Model):
+    """A detection in pixels of the original image; `matched` says whether the other side has it too."""
+
+    xyxy: tuple[float, float, float, float]
+    score: float
+    label: int
+    label_name: str = ""
+    matched: bool = True
+
+
+class WorstImage(_Model):
+    """An image on which the two sides differ most.  `picture` is a path inside the RUN folder (JPEG or PNG, scaled)."""
+
+    image_id: int
+    file_name: str
+    width: int
+    height: int
+    picture: str | None = None
+    box_difference: float
+    score_difference: float
+    agreement: float
+    reference: list[Box] = []
+    subject: list[Box] = []
+
+
+class Scores(_Model):
+    """COCO AP of both sides, 0..1; `subject_ap50` at IoU 0.5."""
+
+    reference_ap: float | None = None
+    subject_ap: float
+    subject_ap50: float
+
+
+class Timing(_Model):
+    """Seconds in the backend alone, over `images` images."""
+
+    inference_s: float
+    images: int
+
+
+class CaseId(_Model):
+    """Variant × backend × precision × route."""
+
+    id: str
+    variant: str
+    backend: str
+    precision: str
+    route: str | None = None
+
+
+class CaseResult(_Model):
+    """The verdict on one case and all that stands behind it.
+
+    `first_difference` is the first stage that fails; `wrong_side` says which side is further from float64 than its
+    own arithmetic explains; `reason` is one line for people.
+    """
+
+    case: CaseId
+    status: Literal["pass", "fail", "skip"]
+    reason: str
+    reference: str | None = None
+    first_difference: StageName | None = None
+    wrong_side: Literal["subject", "reference", "neither", "unknown"] | None = None
+    replayed: bool = False
+    images: int = 0
+    stages: list[StageResult] = []
+    scores: Scores | None = None
+    timing: Timing | None = None
+    worst: list[WorstImage] = []
+    warnings: list[str] = []
+    provenance: dict[str, Any] = {}
+    reference_provenance: dict[str, Any] = {}
+
+
+class Alignment(_Model):
+    """One RUN: ``alignment.json``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: str
+    command: str
+    machine: dict[str, Any] = {}
+    dataset: dict[str, Any] = {}
+    timing: dict[str, float] = {}
+    cases: list[CaseResult] = []
+
+    @property
+    def aligned(self) -> bool:
+        """True when no case fails."""
+        return all(case.status != "fail" for case in self.cases)

@@ -1,0 +1,1 @@
+"""Backends: torch, onnxruntime, tensorrt, and records of earlier runs."""

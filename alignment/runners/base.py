@@ -1,0 +1,40 @@
+"""What every backend offers: a batch of preprocessed images in, the named outputs of the graph out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+
+class Runner(ABC):
+    """One backend with one model loaded.  A context manager; it knows nothing of tolerances.
+
+    Attributes:
+        provenance: versions, device, ONNX hash, build flags, all JSON values.
+        warnings: what the backend complained about while loading, one line each.
+    """
+
+    provenance: dict[str, Any]
+    warnings: list[str]
+
+    @abstractmethod
+    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs one batch.
+
+        Args:
+            batch: ``[B, 3, H, W] float32``, preprocessed.
+
+        Returns:
+            Every output of the model by name, first axis B; arrays that the caller owns.
+        """
+
+    def close(self) -> None:
+        """Frees what the backend holds."""
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

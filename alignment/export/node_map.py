@@ -44,15 +44,15 @@ def build_node_map(model: onnx.ModelProto, detector: Any) -> dict[str, dict[str,
 
 
 def _module_path(name: str, modules: dict[str, Any]) -> str:
-    """``/detector/model/backbone/stem/conv/Conv`` to ``model.backbone.stem.conv``: the longest path that exists."""
+    """``/detector/backbone/stem/conv/Conv`` to ``model.backbone.stem.conv``: the longest path that exists.
+
+    The scope lacks ``model``, whose parts are called one by one.
+    """
     parts = name.strip("/").split("/")[:-1]
-    if parts and parts[0] == "detector":
-        parts = parts[1:]
-    # A scope that torch entered more than once under one parent is written `parent/parent.0`.
-    dotted = ".".join(_joined(parts))
-    while dotted and dotted not in modules:
+    dotted = ".".join(["model", *_joined(parts[1:])])
+    while dotted not in modules:
         dotted = dotted.rpartition(".")[0]
-    return dotted
+    return "" if dotted == "model" else dotted
 
 
 def _joined(parts: list[str]) -> list[str]:

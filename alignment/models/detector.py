@@ -25,34 +25,36 @@ class Detector(nn.Module):
     `N` counts priors level by level, row by row, anchor by anchor, as mmyolo orders them.
 
     Args:
-        model: an mmyolo ``YOLODetector`` in eval mode.
+        model: an mmyolo ``YOLODetector``; put into eval mode.
         size: the fixed input size; priors are constants of the module.
     """
 
     def __init__(self, model: Any, size: InputSize) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.eval()
         head = model.bbox_head
         strides = [int(s[0] if isinstance(s, tuple | list) else s) for s in head.featmap_strides]
         shapes = [(size.height // s, size.width // s) for s in strides]
         priors = head.prior_generator.grid_priors(shapes, dtype=torch.float32, device="cpu")
         counts = torch.tensor([len(p) for p in priors])
         self.strides, self.counts = strides, counts.tolist()
+        with torch.no_grad():
+            raw = head(model.extract_feat(torch.zeros(1, 3, 64, 64)))
+        self.kinds = [kind for kind, levels in zip(RAW_KINDS, raw, strict=False) if levels is not None]
         self.register_buffer("priors", torch.cat(list(priors)), persistent=False)
         self.register_buffer("stride", torch.tensor(strides).float().repeat_interleave(counts), persistent=False)
 
     @property
     def output_names(self) -> list[str]:
         """Names of what `forward` returns."""
-        kinds = RAW_KINDS[: 3 if self._has_objectness() else 2]
-        return ["boxes", "scores", *(f"{kind}_s{s}" for kind in kinds for s in self.strides)]
+        return ["boxes", "scores", *(f"{kind}_s{s}" for kind in self.kinds for s in self.strides)]
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """`image`: ``[B, 3, H, W]``, normalized, of the module's dtype."""
         raw = self.model.bbox_head(self.model.extract_feat(image))
         head = self.model.bbox_head
         scores = self._rows(raw[0], head.num_classes).sigmoid()
-        if len(raw) > 2 and raw[2] is not None:
+        if "obj" in self.kinds:
             scores = scores * self._rows(raw[2], 1).sigmoid()
         boxes = head.bbox_coder.decode(self.priors[None], self._rows(raw[1], 4), self.stride)
         return (boxes, scores, *(level for kind in raw if kind is not None for level in kind))
@@ -64,11 +66,6 @@ class Detector(nn.Module):
             for level, count in zip(levels, self.counts, strict=True)
         ]
         return torch.cat(rows, 1)
-
-    def _has_objectness(self) -> bool:
-        return any("obj" in name for name, _ in self.model.bbox_head.head_module.named_modules()) or (
-            self.model.bbox_head.head_module.__class__.__name__.startswith(("YOLOv5", "YOLOv7"))
-        )
 
 
 def fused(detector: Detector) -> Detector:

@@ -1,0 +1,256 @@
+"""``align``: run, export, layers, variants, doctor, synthetic.
+
+Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from alignment.errors import AlignError
+from alignment.results import Alignment, CaseResult
+from alignment.variant import Variant, golden_dir, load_variant, zoo
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Data = Annotated[Path | None, typer.Option(help="COCO-layout root; default $ALIGN_DATA/coco")]
+Images = Annotated[int | None, typer.Option(min=1, help="the first so many images only")]
+Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
+
+
+def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns an AlignError into one line on stderr and exit status 2."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except AlignError as error:
+            err.print(f"align: {error}", markup=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            err.print("align: interrupted; nothing half-written was left", markup=False)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@app.command()
+@_reported
+def run(
+    variants: Annotated[list[str] | None, typer.Argument(help="names or YAML files; default: the embedded ones")] = None,
+    backend: Annotated[str, typer.Option(help="comma-separated")] = "torch,onnxruntime,tensorrt",
+    precision: Annotated[str, typer.Option(help="comma-separated: fp32, tf32")] = "fp32",
+    data: Data = None,
+    images: Images = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
+    golden: Golden = None,
+    records: Annotated[Path | None, typer.Option(help="write records of this run into this folder")] = None,
+    update_golden: Annotated[str | None, typer.Option(metavar="REASON", help="write what is measured as golden")] = None,
+    strict: Annotated[bool, typer.Option(help="a case that cannot be run fails")] = False,
+) -> None:
+    """Run variants through the backends, compare them stage by stage, and say whether they are aligned."""
+    from alignment import session
+    from alignment.case import cases_of
+    from alignment.golden import update
+    from alignment.pipeline import RunOptions
+    from alignment.report.run_folder import write_run
+
+    folder = golden or golden_dir()
+    options = session.SessionOptions(data, images, RunOptions(golden=folder, out=out_dir, records=records))
+    chosen = [load_variant(name) for name in variants] if variants else embedded()
+    plan = [(v, cases_of(v, _split(backend), _split(precision))) for v in chosen]
+    for variant, cases in plan:
+        session.require(variant, cases, options)
+    alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
+    for variant, cases in plan:
+        with _progress() as bar:
+            task = bar.add_task(variant.name, total=None)
+            results, seconds, dataset = session.run_cases(
+                variant, cases, options, lambda _, n, total, t=task, b=bar: b.update(t, completed=n, total=total)
+            )
+        session.add_results(alignment, variant, results, seconds, dataset)
+        if update_golden:
+            for result in (r for r in results if r.status != "skip"):
+                out.print(f"wrote {update(folder, result, dataset, update_golden)}", markup=False)
+    _print_results(alignment)
+    if out_dir:
+        write_run(alignment, out_dir)
+        out.print(f"report: {out_dir / 'report.html'}", markup=False)
+    failed = any(c.status == "fail" or (strict and c.status == "skip") for c in alignment.cases)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+@_reported
+def export(
+    variant: str,
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for the ONNX file and its node map")] = Path("."),
+    opset: Annotated[int, typer.Option(help="13 to 17")] = 17,
+    batch: Annotated[int | None, typer.Option(help="fixed batch size; default: dynamic")] = None,
+    outputs: Annotated[str, typer.Option(help="decoded, raw or both")] = "decoded",
+) -> None:
+    """Export a variant to ONNX, with its node map beside it."""
+    from alignment.export.onnx_export import ExportOptions
+    from alignment.export.onnx_export import export as write
+
+    if outputs not in ("decoded", "raw", "both"):
+        raise AlignError(f"--outputs {outputs}: no such choice", "choose from decoded, raw, both")
+    model = write(load_variant(variant), out_dir, ExportOptions(opset, batch, outputs))  # type: ignore[arg-type]
+    out.print(f"wrote {model.onnx}\nwrote {model.node_map}", markup=False)
+
+
+@app.command()
+@_reported
+def layers(
+    variant: str,
+    backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="fp32 or tf32")] = "fp32",
+    data: Data = None,
+    show: Annotated[int, typer.Option(help="how many of the tensors furthest out of the band to list")] = 10,
+) -> None:
+    """Hold every intermediate tensor to float64 on one image, and name the first node that leaves the band."""
+    from alignment.case import Case, cases_of
+    from alignment.data.samples import open_samples
+    from alignment.export.onnx_export import exported
+    from alignment.layers import compare_layers, first_outside
+    from alignment.runners.open import open_model
+
+    chosen = load_variant(variant)
+    cases: list[Case] = cases_of(chosen, (backend,), (precision,))
+    if not cases or backend == "torch":
+        raise AlignError(f"no layers to compare for {backend} {precision}", "choose onnxruntime fp32, or tensorrt")
+    sample = next(iter(open_samples(chosen, data, 1)))
+    found = compare_layers(exported(chosen).onnx, lambda path: open_model(path, cases[0]), sample.tensor[None])
+    worst = sorted(found, key=lambda layer: layer.error / layer.band if layer.band else 0.0, reverse=True)
+    table = Table("node", "op", "error", "band", "error / band", title=f"{cases[0].id}: {len(found)} tensors")
+    for layer in worst[:show]:
+        ratio = layer.error / layer.band if layer.band else 0.0
+        table.add_row(layer.node, layer.op, f"{layer.error:.3g}", f"{layer.band:.3g}", f"{ratio:.2f}")
+    out.print(table)
+    first = first_outside(found)
+    if first:
+        out.print(f"first outside the float64 band: {first.node} ({first.op}), tensor {first.tensor}", markup=False)
+        raise typer.Exit(1)
+    out.print("every tensor is inside the float64 band")
+
+
+@app.command()
+@_reported
+def variants() -> None:
+    """List the variants of the zoo, and whether they can run here."""
+    from alignment.session import unavailable
+
+    table = Table("variant", "source", "input", "classes", "dataset", "here")
+    for path in zoo():
+        v = load_variant(path)
+        source = v.source.config if v.source.kind == "mmyolo" else v.source.file.name
+        missing = unavailable(v, None)
+        here = "ready" if missing is None else "no " + ("weights" if not v.weights.is_file() else "images")
+        table.add_row(v.name, source, f"{v.input.height} x {v.input.width}", str(v.classes), v.dataset, here)
+    out.print(table)
+
+
+@app.command()
+@_reported
+def doctor() -> None:
+    """Say what this machine can and cannot run, and why."""
+    from alignment.doctor import examine
+
+    table = Table("what", "state", "detail")
+    for finding in examine():
+        colour = {"ok": "green", "missing": "red", "note": "yellow"}[finding.state]
+        table.add_row(finding.what, f"[{colour}]{finding.state}[/]", finding.detail)
+    out.print(table)
+
+
+@app.command()
+@_reported
+def synthetic() -> None:
+    """Draw the embedded synthetic set and print where it is."""
+    from alignment.data.synthetic import synthetic_root
+
+    out.print(str(synthetic_root()), markup=False)
+
+
+def embedded() -> list[Variant]:
+    """The variants that need nothing beyond the repository."""
+    return [v for v in map(load_variant, zoo()) if v.embedded]
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+class _Rate(ProgressColumn):
+    """Images a second."""
+
+    def render(self, task: Task) -> str:
+        """``12.3 images/s``."""
+        return f"{task.speed:.1f} images/s" if task.speed else ""
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+
+
+def _print_results(alignment: Alignment) -> None:
+    table = Table("case", "verdict", "why")
+    colours = {"pass": "green", "fail": "red", "skip": "yellow"}
+    for case in alignment.cases:
+        table.add_row(case.case.id, f"[{colours[case.status]}]{case.status}[/]", _plain(case))
+    out.print(table)
+    for name in dict.fromkeys(c.case.variant for c in alignment.cases):
+        bare, images = alignment.timing.get(f"{name}.bare_s"), alignment.timing.get(f"{name}.images_s")
+        if bare and images:
+            judge = alignment.timing[f"{name}.judge_s"]
+            start = alignment.timing[f"{name}.start_s"]
+            ratio = (images + judge) / bare
+            out.print(
+                f"{name}: {images + judge:.1f} s for all images and stages, {bare:.1f} s of it bare inference: "
+                f"{ratio:.2f} x (loading models took {start:.1f} s more)",
+                markup=False,
+            )
+
+
+def _plain(case: CaseResult) -> str:
+    return case.reason.replace("[", r"\[")
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

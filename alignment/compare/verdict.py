@@ -1,0 +1,136 @@
+"""From what was measured to pass or fail, pinned to the first stage that differs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from alignment.compare.measure import Measured
+from alignment.golden import GoldenCase
+from alignment.results import STAGES, Check, StageName, StageResult, TensorResult
+
+Side = Literal["subject", "reference", "neither", "unknown"]
+#: One side is at fault when its float64 error is this many times the other's.
+SIDE_FACTOR = 4.0
+
+
+def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | None) -> list[StageResult]:
+    """Holds each stage to its limits.
+
+    Args:
+        measured: see `Measured`.
+        limits: what the case is held to.
+        images: how many were run; a golden AP binds only a run of as many images of the same dataset.
+        dataset: its fingerprint, None without data.
+
+    Returns:
+        One result a stage, in the order of `STAGES`.
+    """
+    decoded = [t for t in measured.tensors if t.unit in ("px", "probability")]
+    raw = [t for t in measured.tensors if t not in decoded]
+    checks: dict[StageName, list[Check]] = {"input": [], "raw": [], "decoded": [], "detections": [], "map": []}
+    equal, looked = measured.inputs
+    if looked:
+        checks["input"] = [
+            Check(name="inputs", value=equal, limit=f"= {looked}", ok=equal == looked, origin="the same bytes go in")
+        ]
+    if raw:
+        worst = max(raw, key=_severity)
+        checks["raw"] = [_at_most("raw", worst, limits)]
+    checks["decoded"] = [_at_most("boxes" if t.unit == "px" else "scores", t, limits) for t in decoded]
+    if "detections" not in measured.notes:
+        tolerance = limits.tolerances["agreement"]
+        checks["detections"] = [
+            Check(
+                name="agreement",
+                value=measured.agreement,
+                limit=f">= {tolerance.value:g}",
+                ok=measured.agreement >= tolerance.value,
+                origin=tolerance.origin,
+            )
+        ]
+    checks["map"] = _ap_checks(measured, limits, images, dataset)
+    stages = []
+    for name in STAGES:
+        status: Literal["pass", "fail", "not_checked"] = "not_checked"
+        if checks[name]:
+            status = "pass" if all(c.ok for c in checks[name]) else "fail"
+        note = measured.notes.get(name, "" if checks[name] else "this model has no such stage")
+        tensors = {"raw": raw, "decoded": decoded}.get(name, [])
+        stages.append(StageResult(name=name, status=status, note=note, checks=checks[name], tensors=tensors))
+    return stages
+
+
+def first_difference(stages: list[StageResult]) -> StageName | None:
+    """The first stage that fails."""
+    return next((stage.name for stage in stages if stage.status == "fail"), None)
+
+
+def wrong_side(tensors: list[TensorResult]) -> Side:
+    """Which side is further from float64 than the other, by the tensor on which they differ most.
+
+    ``neither`` means that both are as near to float64 as the other: the difference is float32's own.
+    """
+    judged = [t for t in tensors if t.reference_error and t.subject_error]
+    if not judged:
+        return "unknown"
+    worst = max(judged, key=_ratio)
+    return _side(worst) if _side(worst) != "neither" else _side(min(judged, key=_ratio))
+
+
+def _side(tensor: TensorResult) -> Side:
+    ratio = _ratio(tensor)
+    return "subject" if ratio > SIDE_FACTOR else "reference" if ratio < 1 / SIDE_FACTOR else "neither"
+
+
+def _ratio(tensor: TensorResult) -> float:
+    assert tensor.reference_error and tensor.subject_error
+    if tensor.subject_error.nonfinite > tensor.reference_error.nonfinite:
+        return float("inf")
+    tiny = 1e-12
+    return (tensor.subject_error.max_abs + tiny) / (tensor.reference_error.max_abs + tiny)
+
+
+def _severity(tensor: TensorResult) -> tuple[int, float]:
+    return tensor.difference.nonfinite, tensor.difference.max_abs
+
+
+def _at_most(quantity: str, tensor: TensorResult, limits: GoldenCase) -> Check:
+    tolerance = limits.tolerances[quantity]  # type: ignore[index]
+    value, nonfinite = tensor.difference.max_abs, tensor.difference.nonfinite
+    limit = f"<= {tolerance.value:g}" + (f", but {nonfinite} values are finite on one side only" if nonfinite else "")
+    return Check(
+        name=quantity, value=value, limit=limit, ok=value <= tolerance.value and not nonfinite, origin=tolerance.origin
+    )
+
+
+def _ap_checks(measured: Measured, limits: GoldenCase, images: int, dataset: str | None) -> list[Check]:
+    checks: list[Check] = []
+    scores = measured.scores
+    if scores is None:
+        return checks
+    if scores.reference_ap is not None:
+        tolerance = limits.tolerances["delta_ap"]
+        delta = abs(scores.subject_ap - scores.reference_ap)
+        checks.append(
+            Check(
+                name="delta_ap",
+                value=delta,
+                limit=f"<= {tolerance.value:g}",
+                ok=delta <= tolerance.value,
+                origin=tolerance.origin,
+            )
+        )
+    golden = limits.ap
+    if golden and golden.images == images and golden.dataset == dataset:
+        better = scores.subject_ap > golden.value + golden.margin
+        hint = "; better than golden: --update-golden REASON" if better else ""
+        checks.append(
+            Check(
+                name="ap",
+                value=scores.subject_ap,
+                limit=f"{golden.value:g} ± {golden.margin:g}{hint}",
+                ok=abs(scores.subject_ap - golden.value) <= golden.margin,
+                origin=golden.origin,
+            )
+        )
+    return checks

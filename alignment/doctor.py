@@ -1,0 +1,73 @@
+"""What this machine can and cannot run, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from alignment.engine import capabilities
+from alignment.storage import cache_dir, data_dir
+from alignment.variant import golden_dir
+
+_PACKAGES = {
+    "torch": "pip install 'torch>=2.4'",
+    "mmyolo": "pip install 'alignment[mmyolo]'",
+    "mmdet": "pip install 'alignment[mmyolo]'",
+    "onnx": "pip install alignment",
+    "onnxruntime": "pip install alignment",
+    "pycocotools": "pip install alignment",
+    "polygraphy": "pip install 'alignment[dev]'",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    what: str
+    state: Literal["ok", "missing", "note"]
+    detail: str
+
+
+def examine() -> Iterator[Finding]:
+    """Looks at Python, packages, TensorRT, data and golden files; runs no model."""
+    yield Finding("python", "ok", sys.version.split()[0])
+    for name, mend in _PACKAGES.items():
+        try:
+            yield Finding(name, "ok", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, "missing", mend)
+    yield _compiled_ops()
+    reason = capabilities.missing()
+    if reason is None:
+        yield Finding("tensorrt", "ok", capabilities.current().version)
+    else:
+        yield Finding("tensorrt", "missing", f"{reason}; committed records are replayed instead")
+    data = data_dir()
+    yield Finding(
+        "real data",
+        "ok" if (data / "coco").is_dir() else "missing",
+        f"{data}" if (data / "coco").is_dir() else f"{data / 'coco'} does not exist: set ALIGN_DATA or give --data",
+    )
+    records = sorted((golden_dir() / "records").glob("*.json"))
+    yield Finding("records", "ok" if records else "note", f"{len(records)} to replay in {golden_dir() / 'records'}")
+    yield Finding("cache", "ok" if os.access(_existing(cache_dir()), os.W_OK) else "missing", str(cache_dir()))
+
+
+def _compiled_ops() -> Finding:
+    if importlib.util.find_spec("mmcv") is None:
+        return Finding("mmcv ops", "missing", "pip install 'alignment[mmyolo]'")
+    if importlib.util.find_spec("mmcv._ext") is not None:
+        return Finding("mmcv ops", "ok", "compiled mmcv")
+    return Finding("mmcv ops", "note", "mmcv-lite: the pure-torch stand-in serves NMS, rotated IoU and focal loss")
+
+
+def _existing(path):
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,293 @@
+"""From an ONNX file to a TensorRT engine, built once and kept by content."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from alignment.engine.capabilities import Capabilities, gpu, require
+from alignment.engine.log import Log, Message, listening
+from alignment.errors import AlignError
+from alignment.export.onnx_export import file_digest
+from alignment.storage import cache_dir, locked, writing
+
+# Raise it when the same options come to mean another engine: cached ones are then left alone.
+RECIPE = 1
+PRECISIONS = ("fp32", "tf32", "fp16")
+LEVELS = range(0, 6)
+# Variables that change what TensorRT builds; they belong to an engine's identity.
+NO_CUBLAS = "ALIGN_TRT_NO_CUBLAS"
+ENVIRONMENT = (NO_CUBLAS, "NVIDIA_TF32_OVERRIDE")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build an engine.
+
+    Attributes:
+        precision: ``fp32`` (TF32 off, which TensorRT leaves on by itself), ``tf32``, or ``fp16`` (with TF32 off).
+        min_batch: smallest batch, for a graph whose batch axis is dynamic; as are the next two.
+        opt_batch: the batch that TensorRT tunes for.
+        max_batch: largest batch.
+        optimization_level: 0 to 5; 0 builds fastest and is right for correctness, 3 (TensorRT's own default) is
+            what a latency figure needs.
+        workspace: bytes of scratch memory that a layer may use.
+        layers_as_outputs: names of further tensors to mark as outputs.  It keeps TensorRT from fusing across them, so
+            the engine is not quite the one that is deployed.
+    """
+
+    precision: Literal["fp32", "tf32", "fp16"] = "fp32"
+    min_batch: int = 1
+    opt_batch: int = 1
+    max_batch: int = 1
+    optimization_level: int = 0
+    workspace: int = 2 << 30
+    layers_as_outputs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise AlignError(f"precision {self.precision!r} is unknown", f"give one of {', '.join(PRECISIONS)}")
+        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
+            batches = f"{self.min_batch}, {self.opt_batch}, {self.max_batch}"
+            raise AlignError(f"batch sizes min, opt, max are {batches}", "give 1 <= min <= opt <= max")
+        if self.optimization_level not in LEVELS:
+            raise AlignError(f"optimization level {self.optimization_level} is unknown", "give one from 0 to 5")
+        if self.workspace <= 0:
+            raise AlignError(f"workspace {self.workspace}", "give a positive number of bytes")
+
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that these options say."""
+        return _hash({"recipe": RECIPE, **asdict(self)})[:16]
+
+
+class Engine(NamedTuple):
+    """A serialized engine, what TensorRT said while building it, and whether it was built earlier."""
+
+    plan: bytes
+    messages: list[Message]
+    from_cache: bool
+
+
+@contextmanager
+def cuda_context() -> Iterator[None]:
+    """Makes the GPU's primary context current, which TensorRT and torch use too; it may be nested."""
+    context = _primary_context()
+    context.push()
+    try:
+        yield
+    finally:
+        context.pop()
+
+
+def build_environment() -> dict[str, str]:
+    """Those variables of `ENVIRONMENT` that are set."""
+    return {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
+
+
+def cached_engine(onnx_path: Path, options: BuildOptions) -> Engine:
+    """The engine of `onnx_path`, from the cache or built now.
+
+    Its key is the content of the ONNX file and of the weight files that it names, the options, the build variables,
+    TensorRT's version and the GPU.  A second process waits for the first.
+
+    Raises:
+        AlignError: TensorRT cannot run here, or cannot build it.
+    """
+    require()
+    device = gpu()
+    key = {
+        "onnx": [file_digest(path) for path in [onnx_path, *_weight_files(onnx_path)]],
+        "options": options.fingerprint(),
+        "environment": build_environment(),
+        "tensorrt": Capabilities.current().version,
+        "gpu": [device.name, device.compute_capability],
+    }
+    path = cache_dir() / "engines" / f"{_hash(key)[:32]}.engine"
+    messages = path.with_suffix(".json")
+    with locked(path):
+        if path.is_file() and messages.is_file():
+            kept = [Message(*message) for message in json.loads(messages.read_text(encoding="utf-8"))]
+            return Engine(path.read_bytes(), kept, True)
+        log = Log()
+        plan = build_engine(onnx_path, options, log)
+        with writing(messages) as temporary:
+            temporary.write_text(json.dumps(log.messages), encoding="utf-8")
+        with writing(path) as temporary:
+            temporary.write_bytes(plan)
+    return Engine(plan, log.messages, False)
+
+
+def build_engine(onnx_path: Path, options: BuildOptions, log: Log) -> bytes:
+    """Builds an engine on the GPU, now.
+
+    Args:
+        onnx_path: a graph of which at most the batch axis is dynamic.
+        options: see `BuildOptions`.
+        log: receives TensorRT's messages, also when the build fails.
+
+    Returns:
+        The serialized engine.
+
+    Raises:
+        AlignError: a node that TensorRT cannot parse, an option that this version lacks, a build that fails.
+    """
+    require()
+    import tensorrt as trt
+
+    ability = Capabilities.current()
+    with cuda_context(), listening(log) as logger:
+        trt.init_libnvinfer_plugins(logger, "")
+        try:
+            builder = trt.Builder(logger)
+        except TypeError:  # what pybind11 makes of a null pointer
+            raise AlignError(f"TensorRT cannot start its builder: {_last(log)}", "check the GPU's driver") from None
+        network = builder.create_network(_network_flags(ability))
+        parser = trt.OnnxParser(network, logger)  # holds weights: it must live until the build is done
+        if not parser.parse_from_file(str(onnx_path)):
+            raise _parse_error(parser, onnx_path, ability, log)
+        _mark_outputs(network, options.layers_as_outputs, onnx_path)
+        config = _configure(builder, options, ability)
+        _add_profile(builder, network, config, options, onnx_path)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise AlignError(
+                f"{onnx_path}: TensorRT {ability.version} cannot build it: {_last(log)}", _mend(_last(log), ability)
+            )
+        return bytes(plan)
+
+
+def _network_flags(ability: Capabilities) -> int:
+    import tensorrt as trt
+
+    if ability.has_explicit_batch_flag:
+        return 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    return 0
+
+
+def _configure(builder: Any, options: BuildOptions, ability: Capabilities) -> Any:
+    """The builder configuration: precision, effort, workspace and tactic sources."""
+    import tensorrt as trt
+
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if ability.has_optimization_level:
+        config.builder_optimization_level = options.optimization_level
+    if ability.has_tf32_flag:
+        if options.precision == "tf32":
+            config.set_flag(trt.BuilderFlag.TF32)
+        else:
+            config.clear_flag(trt.BuilderFlag.TF32)
+    if options.precision == "fp16":
+        if not ability.has_fp16_flag:
+            raise AlignError(
+                f"TensorRT {ability.version} has no fp16 flag",
+                "fp16 needs a strongly typed float16 graph: convert the ONNX file to float16 and build it as fp32",
+            )
+        config.set_flag(trt.BuilderFlag.FP16)
+    if ability.has_cublas_tactic_sources and os.environ.get(NO_CUBLAS) == "1":
+        config.set_tactic_sources(0)
+    return config
+
+
+def _add_profile(builder: Any, network: Any, config: Any, options: BuildOptions, path: Path) -> None:
+    """One optimization profile, when an input's batch axis is dynamic."""
+    profile = builder.create_optimization_profile()
+    dynamic = False
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shape = tuple(tensor.shape)
+        if -1 not in shape:
+            continue
+        if -1 in shape[1:]:
+            raise AlignError(f"{path}: input {tensor.name} is {list(shape)}", "export it with only the batch dynamic")
+        batches = options.min_batch, options.opt_batch, options.max_batch
+        smallest, best, largest = ((batch, *shape[1:]) for batch in batches)
+        profile.set_shape(tensor.name, smallest, best, largest)
+        dynamic = True
+    if dynamic and config.add_optimization_profile(profile) < 0:
+        raise AlignError(f"{path}: TensorRT refuses the batch profile {batches}", "give other batch sizes")
+
+
+def _mark_outputs(network: Any, names: tuple[str, ...], path: Path) -> None:
+    """Marks the named tensors as outputs, those that are outputs already excepted."""
+    if not names:
+        return
+    tensors = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for output in range(layer.num_outputs):
+            tensor = layer.get_output(output)
+            tensors[tensor.name] = tensor
+    for name in names:
+        if name not in tensors:
+            near = ", ".join(difflib.get_close_matches(name, tensors, 3)) or "see the ONNX file"
+            raise AlignError(f"{path}: TensorRT's network has no tensor {name!r}", f"tensors named alike: {near}")
+        tensor = tensors[name]
+        if not tensor.is_network_output:
+            network.mark_output(tensor)
+
+
+def _parse_error(parser: Any, path: Path, ability: Capabilities, log: Log) -> AlignError:
+    """What the parser could not do, at which node of the file."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    found = []
+    for index in range(parser.num_errors):
+        parser_error = parser.get_error(index)
+        place, number = "", parser_error.node()
+        if 0 <= number < len(nodes):
+            node = nodes[number]
+            place = f"node {number} {node.name or '(unnamed)'} ({node.op_type}): "
+        found.append(place + " ".join(parser_error.desc().split())[:240])
+    reason = "; ".join(found) or _last(log)
+    return AlignError(f"{path}: TensorRT {ability.version} cannot parse {reason}", _mend(reason, ability))
+
+
+def _mend(reason: str, ability: Capabilities) -> str:
+    text = reason.lower()
+    if "topk" in text:
+        return f"TopK takes a constant K of at most {ability.topk_limit} in TensorRT: lower nms_pre and export again"
+    if "plugin" in text or "no importer" in text:
+        return "load the library of that plugin first, or export without the operator"
+    if "memory" in text:
+        return "give more workspace, a smaller max batch, or free the GPU"
+    return "look that node up in the ONNX file, and the message in the issues of NVIDIA/TensorRT"
+
+
+def _last(log: Log) -> str:
+    return "; ".join(log.errors()) or "no error message"
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Files beside an ONNX file that hold weights of it."""
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except DecodeError:
+        raise AlignError(f"{path}: not an ONNX file", "give the file that `align export` wrote") from None
+    except OSError as error:
+        raise AlignError(f"{path}: {error.strerror}", "give the path of an ONNX file") from None
+    external = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    return [path.parent / name for name in sorted(names)]
+
+
+@functools.cache
+def _primary_context() -> Any:
+    import pycuda.driver as cuda
+
+    cuda.init()
+    return cuda.Device(0).retain_primary_context()
+
+
+def _hash(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,177 @@
+"""Golden values: the tolerances and scores that a case is held to, each with its origin."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from alignment.case import Case
+from alignment.errors import AlignError
+from alignment.results import CaseResult
+from alignment.storage import locked, writing
+
+Quantity = Literal["raw", "boxes", "scores", "agreement", "delta_ap"]
+#: Tolerance = measured error × FACTOR: other CPUs and library builds sum in another order.
+FACTOR = 2.0
+#: Half the width of the band around a golden AP; a result outside it, better or worse, fails.
+AP_MARGIN = 0.002
+
+_UNMEASURED = "default, nothing measured yet"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Tolerance(_Strict):
+    """One limit: a maximum for errors, a minimum for ``agreement``."""
+
+    value: Annotated[float, Field(ge=0)]
+    origin: str
+
+
+class GoldenAp(_Strict):
+    """An expected AP, on one dataset and number of images."""
+
+    value: float
+    margin: Annotated[float, Field(gt=0)] = AP_MARGIN
+    images: int
+    dataset: str
+    origin: str
+
+
+class GoldenCase(_Strict):
+    """What one case is held to."""
+
+    tolerances: dict[Quantity, Tolerance] = {}
+    ap: GoldenAp | None = None
+
+
+class Overlay(_Strict):
+    """Values for one place: each entry of `when` must begin the provenance field of that name."""
+
+    when: dict[str, str]
+    cases: dict[str, GoldenCase]
+
+
+class Golden(_Strict):
+    """``golden/<variant>.yaml``."""
+
+    schema_version: Literal[1] = 1
+    variant: str
+    cases: dict[str, GoldenCase] = {}
+    overlays: list[Overlay] = []
+
+
+#: For a case that nobody measured yet.  fp32: half a float32 rounding per layer of a deep network, generously.
+DEFAULTS: dict[str, dict[Quantity, float]] = {
+    "fp32": {"raw": 0.01, "boxes": 0.02, "scores": 1e-4, "agreement": 0.999, "delta_ap": 0.0005},
+    "tf32": {"raw": 1.0, "boxes": 16.0, "scores": 0.05, "agreement": 0.98, "delta_ap": 0.002},
+}
+
+
+def golden_path(folder: Path, variant: str) -> Path:
+    """The golden file of a variant."""
+    return folder / f"{variant}.yaml"
+
+
+def read_golden(folder: Path, variant: str) -> Golden:
+    """The golden file of a variant, empty when there is none yet.  Raises AlignError for a file that is not valid."""
+    path = golden_path(folder, variant)
+    if not path.is_file():
+        return Golden(variant=variant)
+    try:
+        return Golden.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AlignError(f"{path}: not a golden file: {reason}", "mend it or make it anew: --update-golden") from None
+
+
+def limits(golden: Golden, case: Case, provenance: dict[str, Any]) -> GoldenCase:
+    """What `case` is held to at the place that `provenance` tells of: defaults, then golden, then its overlays."""
+    defaults = DEFAULTS[case.precision]
+    found = GoldenCase(tolerances={q: Tolerance(value=v, origin=_UNMEASURED) for q, v in defaults.items()})
+    layers = [golden.cases] + [o.cases for o in golden.overlays if _applies(o, provenance)]
+    for layer in layers:
+        if case.id in layer:
+            found.tolerances.update(layer[case.id].tolerances)
+            found.ap = layer[case.id].ap or found.ap
+    return found
+
+
+def update(folder: Path, result: CaseResult, dataset: dict[str, Any], reason: str) -> Path:
+    """Writes the measured errors × `FACTOR` and the measured AP of one case into its golden file.
+
+    Args:
+        folder: the golden folder.
+        result: of a live run.
+        dataset: fingerprint and number of images.
+        reason: why; it becomes part of each origin.
+
+    Raises:
+        AlignError: for a replayed result, which measured nothing.
+    """
+    if result.replayed:
+        raise AlignError(f"{result.case.id}: replayed from a record", "update golden values where TensorRT runs")
+    path = golden_path(folder, result.case.variant)
+    with locked(path):
+        golden = read_golden(folder, result.case.variant)
+        entry = _measured(result, dataset, reason)
+        if result.case.backend == "tensorrt":
+            when = {key: str(result.provenance[key]) for key in ("tensorrt", "gpu") if key in result.provenance}
+            overlay = next((o for o in golden.overlays if o.when == when), None)
+            if overlay is None:
+                overlay = Overlay(when=when, cases={})
+                golden.overlays.append(overlay)
+            overlay.cases[result.case.id] = entry
+        else:
+            golden.cases[result.case.id] = entry
+        with writing(path) as temporary:
+            fields = golden.model_dump(mode="json", exclude_none=True)
+            temporary.write_text(yaml.safe_dump(fields, sort_keys=False, width=110), encoding="utf-8")
+    return path
+
+
+def _applies(overlay: Overlay, provenance: dict[str, Any]) -> bool:
+    return all(str(provenance.get(key, "")).startswith(value) for key, value in overlay.when.items())
+
+
+def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> GoldenCase:
+    where = ", ".join(
+        f"{key} {result.provenance[key]}"
+        for key in ("torch", "onnxruntime", "tensorrt", "gpu")
+        if result.provenance.get(key)
+    )
+    origin = f"over {result.images} images ({where}, {datetime.date.today()}); {reason}"
+    values = {c.name: c.value for stage in result.stages for c in stage.checks if c.name in DEFAULTS["fp32"]}
+    tolerances: dict[Quantity, Tolerance] = {}
+    for name in DEFAULTS["fp32"]:
+        if name not in values:
+            continue
+        value = values[name]
+        if name == "agreement":
+            limit, text = _round(max(0.0, 1 - FACTOR * (1 - value)), down=True), f"measured {value:.5g}, loss"
+        elif name == "delta_ap":
+            limit, text = _round(max(FACTOR * value, DEFAULTS["fp32"]["delta_ap"])), f"measured {value:.2g}, at least"
+        else:
+            limit, text = _round(FACTOR * value), f"measured {value:.3g}"
+        suffix = " 0.0005 or" if name == "delta_ap" else ""
+        tolerances[name] = Tolerance(value=limit, origin=f"{text}{suffix} × {FACTOR:g}, {origin}")
+    ap = None
+    if result.scores is not None:
+        ap = GoldenAp(
+            value=round(result.scores.subject_ap, 4),
+            images=result.images,
+            dataset=str(dataset.get("fingerprint", "")),
+            origin=f"measured {origin}",
+        )
+    return GoldenCase(tolerances=tolerances, ap=ap)
+
+
+def _round(value: float, down: bool = False) -> float:
+    """Two digits for errors, five places for rates."""
+    return float(f"{value:.5f}") - (1e-5 if down and value < 1 else 0) if down else float(f"{value:.2g}")

@@ -1,0 +1,142 @@
+"""Verdicts from records: TensorRT's real answers, judged on a machine without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from alignment.case import Case, reference_of
+from alignment.compare.coco_map import coco_ap
+from alignment.compare.detections import agree
+from alignment.compare.measure import Measured, count_agreement
+from alignment.compare.tensors import ErrorAccumulator
+from alignment.compare.verdict import first_difference, judge, wrong_side
+from alignment.data.samples import Samples
+from alignment.errors import AlignError
+from alignment.golden import limits, read_golden
+from alignment.pipeline import explain
+from alignment.results import CaseResult, Scores, TensorResult
+from alignment.runners.record import Candidates, Record, record_path
+from alignment.variant import Variant
+
+
+def has_record(golden: Path, case: Case) -> bool:
+    """Whether a record of that case is among the golden ones."""
+    return record_path(golden / "records", case.id).is_file()
+
+
+def replay(variant: Variant, case: Case, golden: Path, samples: Samples | None) -> CaseResult:
+    """Judges the record of a case against the record of its reference, both made in the same run.
+
+    Args:
+        variant: as it is now; a record of another model or preprocessing is refused.
+        case: whose record lies in ``golden/records``.
+        golden: the golden folder.
+        samples: the images, for the input and mAP stages; None leaves those two unchecked.
+
+    Raises:
+        AlignError: for a record that is missing, damaged or stale.
+    """
+    path = record_path(golden / "records", case.id)
+    record = Record.load(path)
+    reference = Record.load(record_path(golden / "records", reference_of(variant).id))
+    _refuse_stale(record, reference, variant, path)
+    recorded = record.result
+    if recorded is None:
+        raise AlignError(f"{path}: holds no result", "make the record again")
+    images = list(record.digests)
+    if samples is not None:
+        images = [e.id for e in samples.dataset.images if e.id in record.digests]
+    measured = _measure(record, reference, recorded, images)
+    if samples is not None and images:
+        measured.inputs = _equal_inputs(record, samples, images)
+        ours, theirs = (coco_ap(samples.dataset, {i: r.detections[i] for i in images}) for r in (record, reference))
+        measured.scores = Scores(reference_ap=theirs[0], subject_ap=ours[0], subject_ap50=ours[1])
+    else:
+        measured.notes["input"] = "no images here: give --data to check the bytes that went in"
+        measured.notes["map"] = _recorded_ap(recorded)
+    held_to = limits(read_golden(golden, variant.name), case, recorded.provenance)
+    stages = judge(measured, held_to, len(images), samples.dataset.fingerprint if samples else None)
+    result = recorded.model_copy(
+        update={
+            "status": "fail" if first_difference(stages) else "pass",
+            "first_difference": first_difference(stages),
+            "wrong_side": wrong_side(measured.tensors),
+            "replayed": True,
+            "images": len(images),
+            "stages": stages,
+            "scores": measured.scores or recorded.scores,
+            "worst": [],
+        }
+    )
+    result.reason = f"{explain(result)} (replayed record of {recorded.provenance.get('gpu', 'another machine')})"
+    return result
+
+
+def _refuse_stale(record: Record, reference: Record, variant: Variant, path: Path) -> None:
+    mend = "make the record again: align run VARIANT --backend torch,tensorrt --records DIR"
+    if record.identity != reference.identity:
+        raise AlignError(f"{path}: made with other weights than the record of its reference", mend)
+    if record.identity["variant_fingerprint"] != variant.fingerprint():
+        raise AlignError(f"{path}: stale: the variant's YAML changed since", mend)
+    if variant.weights.is_file():
+        from alignment.export.onnx_export import file_digest
+
+        if record.identity["weights_sha256"] != file_digest(variant.weights):
+            raise AlignError(f"{path}: stale: made with other weights than {variant.weights}", mend)
+
+
+def _measure(record: Record, reference: Record, recorded: CaseResult, images: list[int]) -> Measured:
+    matched, total = count_agreement([agree(reference.detections[i], record.detections[i]) for i in images])
+    streamed = [t for s in recorded.stages for t in s.tensors]
+    measured = Measured(tensors=[*streamed, *_recomputed(record, reference, images)], matched=matched, total=total)
+    measured.notes["raw"] = "error statistics as measured where the record was made; a record cannot recheck them"
+    measured.notes["decoded"] = (
+        "statistics over all images as recorded; all candidates of score >= 0.001 and the full tensors of "
+        f"{len(record.full)} images rechecked here"
+    )
+    return measured
+
+
+def _recomputed(record: Record, reference: Record, images: list[int]) -> list[TensorResult]:
+    kinds = {name: ErrorAccumulator() for name in ("boxes", "scores", "boxes, candidates", "scores, candidates")}
+    for image in images:
+        ours, theirs = _shared(record.candidates[image], reference.candidates[image])
+        kinds["boxes, candidates"].add(ours.boxes, theirs.boxes)
+        kinds["scores, candidates"].add(ours.scores, theirs.scores)
+        if image in record.full and image in reference.full:
+            for name, a, b in zip(("boxes", "scores"), record.full[image], reference.full[image], strict=True):
+                kinds[name].add(a, b)
+    results = []
+    for name, errors in kinds.items():
+        stats = errors.stats()
+        if stats:
+            unit = "px" if name.startswith("boxes") else "probability"
+            shown = name if "," in name else f"{name}, full tensors"
+            results.append(TensorResult(name=shown, unit=unit, difference=stats))
+    return results
+
+
+def _shared(a: Candidates, b: Candidates) -> tuple[Candidates, Candidates]:
+    """The pairs that both sides list, in one order."""
+    keys = [c.rows.astype(np.int64) << 16 | c.labels for c in (a, b)]
+    _, left, right = np.intersect1d(*keys, return_indices=True)
+    return _take(a, left), _take(b, right)
+
+
+def _take(c: Candidates, index: np.ndarray) -> Candidates:
+    return Candidates(c.rows[index], c.labels[index], c.boxes[index], c.scores[index])
+
+
+def _equal_inputs(record: Record, samples: Samples, images: list[int]) -> tuple[int, int]:
+    entries = {e.id: e for e in samples.dataset.images}
+    equal = sum(samples.load(entries[i]).digest == record.digests[i] for i in images)
+    return equal, len(images)
+
+
+def _recorded_ap(recorded: CaseResult) -> str:
+    note = "no images here: give --data to score the recorded detections"
+    if recorded.scores and recorded.scores.reference_ap is not None:
+        note += f"; recorded: {recorded.scores.subject_ap:.4f} against {recorded.scores.reference_ap:.4f}"
+    return note

@@ -1,0 +1,71 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from alignment.errors import AlignError
+from alignment.export.onnx_export import file_digest
+from alignment.runners.base import Runner
+
+
+class OnnxRuntimeRunner(Runner):
+    """An ONNX file in ONNX Runtime's CPU provider.
+
+    Args:
+        path: the file.
+        optimize: ONNX Runtime's graph optimization; off for quantized graphs, whose fused int8 kernels saturate on
+            some CPUs.
+
+    Raises:
+        AlignError: when ONNX Runtime cannot load it, an unknown operator say.
+    """
+
+    def __init__(self, path: Path, optimize: bool = True) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        level = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has one exception type for each status code
+            reason = " ".join(str(error).split())[:240]
+            raise AlignError(f"{path}: ONNX Runtime cannot load it: {reason}", "export it again") from None
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+            shown = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+            raise AlignError(f"{path}: inputs {shown}", "give a model with one float32 image input [B, 3, H, W]")
+        self._path, self._input, self._shape = path, inputs[0].name, inputs[0].shape
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self.warnings = []
+        self.provenance = {
+            "backend": "onnxruntime",
+            "onnxruntime": onnxruntime.__version__,
+            "providers": self._session.get_providers(),
+            "graph_optimization": optimize,
+            "onnx_sha256": file_digest(path),
+        }
+
+    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Runner.run`.  A graph with a fixed batch gets the batch in pieces.
+
+        Raises:
+            AlignError: when the images do not have the size that the graph asks for.
+        """
+        for given, asked in zip(batch.shape[1:], self._shape[1:], strict=True):
+            if isinstance(asked, int) and given != asked:
+                raise AlignError(
+                    f"{self._path}: input {list(self._shape)}, but the variant's images are {list(batch.shape)}",
+                    "mend `input` in the variant's YAML",
+                )
+        fixed = self._shape[0] if isinstance(self._shape[0], int) else len(batch)
+        if len(batch) % fixed:
+            raise AlignError(f"{self._path}: a batch of {fixed} is fixed in it, {len(batch)} images given", "export it")
+        parts = [
+            self._session.run(self._outputs, {self._input: batch[i : i + fixed]}) for i in range(0, len(batch), fixed)
+        ]
+        return {name: np.concatenate(p) for name, p in zip(self._outputs, zip(*parts, strict=True), strict=True)}

@@ -1,0 +1,156 @@
+"""Records: what one runner answered on one set of samples, kept small enough to commit.
+
+A record is a pair of files, ``<case>.npz`` and ``<case>.json``.  It holds, for every image, all detections and up to
+`CANDIDATES` (prior, class) pairs of score ≥ 0.001; for `FULL_IMAGES` images all decoded boxes and scores, in fixed
+point (`BOX_STEP`, `SCORE_STEP`); and, in the JSON, the error statistics of every stage over all images as they were
+measured where the record was made.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.errors import AlignError
+from alignment.nms.multiclass import Detections
+from alignment.results import CaseResult
+from alignment.storage import writing
+
+RECORD_VERSION = 1
+CANDIDATES = 256
+CANDIDATE_SCORE = 0.001
+FULL_IMAGES = 2
+BOX_STEP = 2.0**-10
+SCORE_STEP = 2.0**-20
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs of one image before NMS, by falling score: ``rows`` and ``labels`` int32, ``boxes`` float32 in pixels of
+    the network input, ``scores`` float32."""
+
+    rows: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass
+class Record:
+    """One runner's answers.
+
+    Attributes:
+        case: case id.
+        digests: image id → digest of the input bytes, in the order of the run.
+        detections: by image id.
+        candidates: by image id.
+        full: image id → (boxes ``[N, 4]``, scores ``[N, C]``).
+        result: the verdict where the record was made, with its statistics and provenance; None for a reference that
+            was not judged itself.
+        identity: what the record depends on: variant fingerprint, digest of the weights.
+    """
+
+    case: str
+    identity: dict[str, str]
+    digests: dict[int, str] = field(default_factory=dict)
+    detections: dict[int, Detections] = field(default_factory=dict)
+    candidates: dict[int, Candidates] = field(default_factory=dict)
+    full: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    result: CaseResult | None = None
+
+    def add(self, image: int, digest: str, boxes: np.ndarray, scores: np.ndarray, detections: Detections) -> None:
+        """Adds one image: decoded `boxes` ``[N, 4]`` and `scores` ``[N, C]``, and its detections."""
+        self.digests[image] = digest
+        self.detections[image] = detections
+        self.candidates[image] = best_candidates(boxes, scores)
+        if len(self.full) < FULL_IMAGES:
+            self.full[image] = boxes.astype(np.float32), scores.astype(np.float32)
+
+    def save(self, folder: Path) -> Path:
+        """Writes both files into `folder`; the JSON appears last.  Returns its path."""
+        arrays: dict[str, np.ndarray] = {}
+        images = list(self.digests)
+        arrays["images"] = np.array(images, np.int64)
+        for name, table in (("detections", self.detections), ("candidates", self.candidates)):
+            parts = [table[i] for i in images]
+            arrays[f"{name}_count"] = np.array([len(p.scores) for p in parts], np.int32)
+            for key in ("boxes", "scores", "labels", "rows"):
+                arrays[f"{name}_{key}"] = np.concatenate([getattr(p, key) for p in parts])
+        for image, (boxes, scores) in self.full.items():
+            arrays[f"full_{image}_boxes"] = np.rint(boxes / BOX_STEP).astype(np.int32)
+            arrays[f"full_{image}_scores"] = np.rint(scores / SCORE_STEP).astype(np.int32)
+        fields = {
+            "record_version": RECORD_VERSION,
+            "case": self.case,
+            "identity": self.identity,
+            "steps": {"boxes": BOX_STEP, "scores": SCORE_STEP},
+            "digests": {str(i): d for i, d in self.digests.items()},
+            "result": self.result.model_dump(mode="json") if self.result else None,
+        }
+        with writing(folder / f"{self.case}.npz") as temporary, temporary.open("wb") as stream:
+            np.savez_compressed(stream, allow_pickle=False, **arrays)
+        path = record_path(folder, self.case)
+        with writing(path) as temporary:
+            temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Reads a record by the path of its JSON.
+
+        Raises:
+            AlignError: when either file is missing, damaged or of another version.
+        """
+        mend = "make the record again on a machine with TensorRT: align run VARIANT --records DIR"
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if fields["record_version"] != RECORD_VERSION:
+                raise AlignError(f"{path}: record version {fields['record_version']}, not {RECORD_VERSION}", mend)
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
+                arrays = dict(stored)
+            record = cls(fields["case"], fields["identity"], {int(i): d for i, d in fields["digests"].items()})
+            record._fill(arrays, fields["steps"])
+            if fields["result"]:
+                record.result = CaseResult.model_validate(fields["result"])
+        except AlignError:
+            raise
+        except Exception as error:  # zip, JSON, NumPy and pydantic each have their own
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise AlignError(f"{path}: not a whole record: {reason}", mend) from None
+        return record
+
+    def _fill(self, arrays: dict[str, np.ndarray], steps: dict[str, float]) -> None:
+        images = [int(i) for i in arrays["images"]]
+        for name, table, kind in (
+            ("detections", self.detections, Detections),
+            ("candidates", self.candidates, Candidates),
+        ):
+            ends = np.cumsum(arrays[f"{name}_count"])[:-1]
+            columns = {k: np.split(arrays[f"{name}_{k}"], ends) for k in ("boxes", "scores", "labels", "rows")}
+            for index, image in enumerate(images):
+                table[image] = kind(**{k: parts[index] for k, parts in columns.items()})  # type: ignore[index]
+        for image in images:
+            if f"full_{image}_boxes" in arrays:
+                boxes = (arrays[f"full_{image}_boxes"] * steps["boxes"]).astype(np.float32)
+                scores = (arrays[f"full_{image}_scores"] * steps["scores"]).astype(np.float32)
+                self.full[image] = boxes, scores
+
+
+def best_candidates(boxes: np.ndarray, scores: np.ndarray) -> Candidates:
+    """The best `CANDIDATES` pairs of score ≥ `CANDIDATE_SCORE` of one image."""
+    values = scores.ravel()
+    flat = np.flatnonzero(values >= CANDIDATE_SCORE)
+    flat = flat[np.argsort(-values[flat], kind="stable")[:CANDIDATES]]
+    rows, labels = np.divmod(flat, scores.shape[1])
+    return Candidates(
+        rows.astype(np.int32), labels.astype(np.int32), boxes[rows].astype(np.float32), values[flat].astype(np.float32)
+    )
+
+
+def record_path(folder: Path, case: str) -> Path:
+    """The JSON of a record."""
+    return folder / f"{case}.json"

@@ -1,0 +1,253 @@
+"""TensorRT on the GPU, through the tensor-address API that 8.6, 10 and 11 share."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.engine.build import BuildOptions, build_environment, cached_engine, cuda_context
+from alignment.engine.capabilities import gpu
+from alignment.engine.log import Log, listening, warnings_of
+from alignment.errors import AlignError
+from alignment.export.onnx_export import file_digest
+from alignment.runners.base import Runner
+
+
+class TensorRTRunner(Runner):
+    """An ONNX file as a TensorRT engine, built or taken from the cache.
+
+    Several may live in one process: all use the GPU's primary context, each has its stream and its buffers.  A batch
+    above the engine's largest goes through in pieces; one below its smallest is filled up with its last image.
+
+    Args:
+        onnx_path: a graph with one image input, ``[B, 3, H, W]``.
+        options: how to build it.
+
+    Raises:
+        AlignError: TensorRT cannot run here, or cannot build or load the engine.
+    """
+
+    def __init__(self, onnx_path: Path, options: BuildOptions) -> None:
+        self._path = onnx_path
+        self._log = Log()
+        self._runtime = self._engine = self._context = self._stream = None
+        self._outputs: dict[str, np.dtype] = {}
+        self._buffers: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
+        plan, messages, from_cache = cached_engine(onnx_path, options)
+        try:
+            self._load(plan)
+        except BaseException:
+            self.close()
+            raise
+        self.warnings = warnings_of([*messages, *self._log.messages])
+        self.provenance = self._provenance(options, plan, from_cache)
+
+    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Runner.run`.  Float16 outputs come as float32, all others in the engine's own type.
+
+        Raises:
+            AlignError: images of another shape than the graph's, or TensorRT cannot run them.
+        """
+        self._check(batch)
+        with cuda_context(), listening(self._log):
+            parts = [self._piece(batch[i : i + self._max]) for i in range(0, len(batch), self._max)]
+        if len(parts) == 1:
+            return parts[0]
+        for name in self._outputs:
+            if any(part[name].ndim == 0 or len(part[name]) > self._max for part in parts):
+                raise AlignError(
+                    f"{self._path}: output {name} has no batch axis, so pieces of {self._max} images cannot be joined",
+                    "build with a larger max batch",
+                )
+        return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
+
+    def latency(self, batch: np.ndarray, repeats: int = 100, warmup: int = 10) -> list[float]:
+        """Milliseconds on the GPU for each of `repeats` runs of one batch, without copies to and from the host.
+
+        Raises:
+            AlignError: more images than the engine takes at once.
+        """
+        import pycuda.driver as cuda
+
+        self._check(batch)
+        if len(batch) > self._max:
+            raise AlignError(f"{len(batch)} images, the engine takes {self._max} at once", "build with a larger batch")
+        times = []
+        with cuda_context(), listening(self._log):
+            self._piece(batch)
+            start, end = cuda.Event(), cuda.Event()
+            for index in range(warmup + repeats):
+                start.record(self._stream)
+                self._enqueue()
+                end.record(self._stream)
+                end.synchronize()
+                if index >= warmup:
+                    times.append(float(start.time_till(end)))
+        return times
+
+    def close(self) -> None:
+        """Frees engine, buffers and stream; the runner cannot run any more."""
+        if self._runtime is None:
+            return
+        with cuda_context(), listening(self._log):
+            if self._stream is not None:
+                self._stream.synchronize()
+            self._context = None
+            self._engine = None
+            self._runtime = None
+            for allocation in self._buffers.values():
+                allocation.free()
+            self._buffers.clear()
+            self._sizes.clear()
+            self._stream = None
+
+    def _load(self, plan: bytes) -> None:
+        import pycuda.driver as cuda
+        import tensorrt as trt
+
+        with cuda_context(), listening(self._log) as logger:
+            trt.init_libnvinfer_plugins(logger, "")
+            self._runtime = trt.Runtime(logger)
+            engine = self._engine = self._runtime.deserialize_cuda_engine(plan)
+            if engine is None:
+                raise AlignError(f"{self._path}: TensorRT cannot load its engine: {self._said()}", "clear ALIGN_CACHE")
+            self._context = engine.create_execution_context()
+            if self._context is None:
+                raise AlignError(f"{self._path}: no execution context: {self._said()}", "free memory on the GPU")
+            self._stream = cuda.Stream()
+            inputs = []
+            for index in range(engine.num_io_tensors):
+                name = engine.get_tensor_name(index)
+                if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                    inputs.append(name)
+                else:
+                    self._outputs[name] = self._dtype(name)
+        if len(inputs) != 1 or len(tuple(engine.get_tensor_shape(inputs[0]))) != 4:
+            raise AlignError(f"{self._path}: inputs {', '.join(inputs)}", "give a model with one image input")
+        self._input = inputs[0]
+        self._input_dtype = self._dtype(self._input)
+        self._batches, self._shape = self._profile()
+        self._min, _, self._max = self._batches
+
+    def _dtype(self, name: str) -> np.dtype:
+        import tensorrt as trt
+
+        engine = self._engine
+        kind = engine.get_tensor_dtype(name)
+        try:
+            return np.dtype(trt.nptype(kind))
+        except TypeError:
+            raise AlignError(f"{self._path}: {name} is {kind}, unknown to NumPy", "cast it to float32") from None
+
+    def _profile(self) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+        """Smallest, best and largest batch of the engine, and the shape of one image."""
+        engine = self._engine
+        batch, *image = (int(size) for size in engine.get_tensor_shape(self._input))
+        if batch >= 0:
+            return (batch, batch, batch), tuple(image)
+        smallest, best, largest = (int(shape[0]) for shape in engine.get_tensor_profile_shape(self._input, 0))
+        return (smallest, best, largest), tuple(image)
+
+    def _check(self, batch: np.ndarray) -> None:
+        if self._runtime is None:
+            raise AlignError(f"{self._path}: its runner is closed", "make a new one")
+        if tuple(batch.shape[1:]) != self._shape or not len(batch):
+            raise AlignError(
+                f"{self._path}: images of {list(self._shape)} asked, a batch of {list(batch.shape)} given",
+                "mend `input` in the variant's YAML, or export again",
+            )
+
+    def _piece(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs what the engine takes at once; the context is current."""
+        import pycuda.driver as cuda
+
+        count = len(images)
+        if count < self._min:
+            images = np.concatenate([images, np.repeat(images[-1:], self._min - count, axis=0)])
+        images = np.ascontiguousarray(images, self._input_dtype)
+        shapes = self._bind(images)
+        cuda.memcpy_htod_async(self._buffers[self._input], images, self._stream)
+        self._enqueue()
+        outputs = {name: np.empty(shape, self._outputs[name]) for name, shape in shapes.items()}
+        for name, array in outputs.items():
+            if array.size:
+                cuda.memcpy_dtoh_async(array, self._buffers[name], self._stream)
+        self._stream.synchronize()
+        for name, array in outputs.items():
+            if array.ndim and len(array) == len(images):
+                array = array[:count]
+            outputs[name] = array.astype(np.float32) if array.dtype == np.float16 else array
+        return outputs
+
+    def _bind(self, images: np.ndarray) -> dict[str, tuple[int, ...]]:
+        """Tells the engine shapes and addresses; gives the shape of each output."""
+        context = self._context
+        if not context.set_input_shape(self._input, tuple(images.shape)):
+            raise AlignError(f"{self._path}: TensorRT refuses {list(images.shape)}: {self._said()}", "build it anew")
+        self._reserve(self._input, images.nbytes)
+        shapes = {}
+        for name, dtype in self._outputs.items():
+            shape = tuple(int(size) for size in context.get_tensor_shape(name))
+            if min(shape, default=0) < 0:
+                raise AlignError(
+                    f"{self._path}: the size of output {name} {list(shape)} depends on the data",
+                    "pad it in the graph, as EfficientNMS_TRT does",
+                )
+            shapes[name] = shape
+            self._reserve(name, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        return shapes
+
+    def _reserve(self, name: str, size: int) -> None:
+        """Device memory of at least `size` bytes for one tensor; it only grows."""
+        import pycuda.driver as cuda
+
+        context = self._context
+        if name in self._buffers and self._sizes[name] >= size:
+            return
+        if name in self._buffers:
+            self._buffers.pop(name).free()
+        self._buffers[name] = cuda.mem_alloc(max(size, 1))
+        self._sizes[name] = size
+        if not context.set_tensor_address(name, int(self._buffers[name])):
+            raise AlignError(f"{self._path}: TensorRT refuses a buffer for {name}: {self._said()}", "build it anew")
+
+    def _enqueue(self) -> None:
+        context = self._context
+        if not context.execute_async_v3(self._stream.handle):
+            raise AlignError(f"{self._path}: TensorRT cannot run it: {self._said()}", "build it anew")
+
+    def _said(self) -> str:
+        return "; ".join(self._log.errors()) or "no error message"
+
+    def _provenance(self, options: BuildOptions, plan: bytes, from_cache: bool) -> dict[str, Any]:
+        import pycuda
+        import pycuda.driver as cuda
+        import tensorrt as trt
+
+        device = gpu()
+        return {
+            "backend": "tensorrt",
+            "tensorrt": trt.__version__,
+            "device": device.name,
+            "compute_capability": device.compute_capability,
+            "driver_cuda": device.driver_cuda,
+            "cuda": ".".join(map(str, cuda.get_version())),
+            "pycuda": pycuda.VERSION_TEXT,
+            "onnx_sha256": file_digest(self._path),
+            "engine_sha256": hashlib.sha256(plan).hexdigest(),
+            "engine_from_cache": from_cache,
+            "build": {
+                "precision": options.precision,
+                "tf32": options.precision == "tf32",
+                "fp16": options.precision == "fp16",
+                "optimization_level": options.optimization_level,
+                "batch": list(self._batches),
+                "workspace": options.workspace,
+                "layers_as_outputs": list(options.layers_as_outputs),
+                "environment": build_environment(),
+            },
+        }

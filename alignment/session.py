@@ -1,0 +1,127 @@
+"""A run over several variants: what can run here runs, what was recorded is replayed, the rest says why not."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignment import __version__
+from alignment.case import Case, reference_of
+from alignment.data.samples import Samples, dataset_root, open_samples
+from alignment.engine import capabilities
+from alignment.errors import AlignError
+from alignment.pipeline import RunOptions, align_live, explain_tf32, skipped
+from alignment.replay import has_record, replay
+from alignment.results import Alignment, CaseResult
+from alignment.variant import Variant
+
+Progress = Callable[[Variant, int, int], None]
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """See `RunOptions`; `data` is a COCO-layout root, `images` a limit, `run` how to run."""
+
+    data: Path | None = None
+    images: int | None = None
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+def run_cases(
+    variant: Variant, cases: list[Case], options: SessionOptions, progress: Progress | None = None
+) -> tuple[list[CaseResult], dict[str, float], dict[str, Any]]:
+    """Results of the cases of one variant, live, replayed or skipped; seconds; what dataset they stand on.
+
+    Raises:
+        AlignError: for input that is there and cannot be used.
+    """
+    golden = options.run.golden
+    why_no_trt = capabilities.missing() if any(c.backend == "tensorrt" for c in cases) else None
+    why_not_live = unavailable(variant, options.data)
+    live, recorded, results = [], [], {}
+    for case in cases:
+        reason = why_not_live or (why_no_trt if case.backend == "tensorrt" else None)
+        if reason is None:
+            live.append(case)
+        elif case.backend == "tensorrt" and has_record(golden, case):
+            recorded.append(case)
+        else:
+            results[case] = skipped(case, reason)
+    samples: Samples | None = None
+    if dataset_root(variant, options.data) is not None and (live or recorded):
+        samples = open_samples(variant, options.data, options.images)
+    seconds: dict[str, float] = {}
+    if live:
+        assert samples is not None
+        count = len(samples)
+        done, seconds = align_live(
+            variant, live, samples, options.run, (lambda n: progress(variant, n, count)) if progress else None
+        )
+        results.update(zip(live, done, strict=True))
+    for case in recorded:
+        results[case] = replay(variant, case, golden, samples)
+    ordered = [results[case] for case in cases]
+    if recorded:
+        explain_tf32([results[case] for case in recorded])
+    dataset = {}
+    if samples is not None:
+        dataset = {
+            "root": samples.dataset.root.name,
+            "split": samples.dataset.split,
+            "images": len(samples),
+            "fingerprint": samples.dataset.fingerprint,
+        }
+    return ordered, seconds, dataset
+
+
+def unavailable(variant: Variant, data: Path | None) -> str | None:
+    """Why a variant cannot be run here: weights or images that are nowhere; None when nothing is missing."""
+    if not variant.weights.is_file():
+        return f"{variant.weights}: no such file: set ALIGN_DATA, or name the weights in the variant's YAML"
+    if dataset_root(variant, data) is None:
+        return f"{variant.name}: no images: give --data DIR or set ALIGN_DATA"
+    return None
+
+
+def require(variant: Variant, cases: list[Case], options: SessionOptions) -> None:
+    """Raises AlignError when a case was asked for by name whose weights or images are not there."""
+    reason = unavailable(variant, options.data)
+    replayable = all(c.backend == "tensorrt" and has_record(options.run.golden, c) for c in cases)
+    if reason and not replayable:
+        what, _, mend = reason.rpartition(": ")
+        raise AlignError(what, mend)
+
+
+def new_alignment(command: str) -> Alignment:
+    """An empty RUN, stamped with this machine."""
+    return Alignment(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        machine={
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpus": os.cpu_count(),
+            "alignment": __version__,
+        },
+    )
+
+
+def add_results(
+    alignment: Alignment, variant: Variant, results: list[CaseResult], seconds: dict[str, float], dataset: dict
+) -> None:
+    """Adds what `run_cases` returned."""
+    alignment.cases += results
+    alignment.timing |= {f"{variant.name}.{key}": round(value, 4) for key, value in seconds.items()}
+    if dataset:
+        alignment.dataset[variant.name] = dataset
+
+
+def reference_first(variant: Variant, cases: list[Case]) -> list[Case]:
+    """The cases with the reference's own in front, when it is among them."""
+    reference = reference_of(variant)
+    return sorted(cases, key=lambda case: case != reference)

@@ -82,12 +82,12 @@ class Engine(NamedTuple):
 @contextmanager
 def cuda_context() -> Iterator[None]:
     """Makes the GPU's primary context current, which TensorRT and torch use too; it may be nested."""
-    context = _primary_context()
-    context.push()
+    primary = _primary_context()
+    primary.push()
     try:
         yield
     finally:
-        context.pop()
+        primary.pop()
 
 
 def build_environment() -> dict[str, str]:
@@ -161,9 +161,8 @@ def build_engine(onnx_path: Path, options: BuildOptions, log: Log) -> bytes:
         _add_profile(builder, network, config, options, onnx_path)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise AlignError(
-                f"{onnx_path}: TensorRT {ability.version} cannot build it: {_last(log)}", _mend(_last(log), ability)
-            )
+            mend = _mend(" ".join(log.errors(last=20)), ability)
+            raise AlignError(f"{onnx_path}: TensorRT {ability.version} cannot build it: {_last(log)}", mend)
         return bytes(plan)
 
 
@@ -203,6 +202,7 @@ def _configure(builder: Any, options: BuildOptions, ability: Capabilities) -> An
 def _add_profile(builder: Any, network: Any, config: Any, options: BuildOptions, path: Path) -> None:
     """One optimization profile, when an input's batch axis is dynamic."""
     profile = builder.create_optimization_profile()
+    batches = options.min_batch, options.opt_batch, options.max_batch
     dynamic = False
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -211,7 +211,6 @@ def _add_profile(builder: Any, network: Any, config: Any, options: BuildOptions,
             continue
         if -1 in shape[1:]:
             raise AlignError(f"{path}: input {tensor.name} is {list(shape)}", "export it with only the batch dynamic")
-        batches = options.min_batch, options.opt_batch, options.max_batch
         smallest, best, largest = ((batch, *shape[1:]) for batch in batches)
         profile.set_shape(tensor.name, smallest, best, largest)
         dynamic = True
@@ -276,8 +275,8 @@ def _weight_files(path: Path) -> list[Path]:
         raise AlignError(f"{path}: not an ONNX file", "give the file that `align export` wrote") from None
     except OSError as error:
         raise AlignError(f"{path}: {error.strerror}", "give the path of an ONNX file") from None
-    external = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    external = [weight for weight in graph.initializer if weight.data_location == onnx.TensorProto.EXTERNAL]
+    names = {entry.value for weight in external for entry in weight.external_data if entry.key == "location"}
     return [path.parent / name for name in sorted(names)]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from alignment.errors import AlignError
 
 OLDEST = (8, 6)
+_RELEASE = re.compile(r"(\d+)\.(\d+)")
 
 # Names that some versions lack -> the capability that is true exactly where the name exists.
 BEHIND = {
@@ -55,7 +56,7 @@ class Capabilities:
         Raises:
             AlignError: the text is no version.
         """
-        if not re.match(r"\d+\.\d+", version):
+        if not _RELEASE.match(version):
             raise AlignError(f"{version!r} is no TensorRT version", "give one such as 8.6.1")
         return cls(version)
 
@@ -75,8 +76,8 @@ class Capabilities:
     @property
     def release(self) -> tuple[int, int]:
         """Major and minor version."""
-        major, minor = self.version.split(".")[:2]
-        return int(major), int(re.match(r"\d+", minor).group())
+        found = _RELEASE.match(self.version)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
     @property
     def supported(self) -> bool:

@@ -25,7 +25,7 @@ KINDS = {
     "int64 cast": r"generated with int64 weights|cast(ing)? .*int64|int64 .*cast",
     "missing scale": r"missing (scale|dynamic range)|calibrator is not being used",
     "no int8 implementation": r"(no|non)[- ]int8 implementation|int8 implementation .*not",
-    "no implementation": r"could not find any implementation|no implementation of layer|obeys? the requested constraints",
+    "no implementation": r"could not find any implementation|no implementation of layer",
     "TopK limit": r"topk.*(3840|exceed|maximum)|k exceeds the maximum",
     "Myelin": r"myelin.*(error|fail|exception)",
     "tactic failed": r"skipping tactic|tactic .*(fail|error|insufficient)|insufficient to use tactic",

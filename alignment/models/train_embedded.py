@@ -138,9 +138,11 @@ def main(
     runner = Runner.from_cfg(train_config(variant, training_root(), work, epochs, seed))
     runner.train()
     ema = next(hook.ema_model for hook in runner.hooks if hasattr(hook, "ema_model"))
+    # The averaged weights with the trained model's BatchNorm statistics: what the Runner itself validates.
+    trained = {**runner.model.state_dict(), **dict(ema.module.named_parameters())}
     state = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in ema.module.state_dict().items()
+        key: value.detach().half() if value.is_floating_point() else value
+        for key, value in trained.items()
         if not key.endswith("num_batches_tracked")
     }
     path = out or variant.source.checkpoint

@@ -87,6 +87,14 @@ def score(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.4f}"
 
 
+def scores_line(case: CaseResult) -> str:
+    """AP of both sides, ``0.3712 → 0.3698``; of the subject alone where there is no reference."""
+    if case.scores is None:
+        return ABSENT
+    both = (case.scores.reference_ap, case.scores.subject_ap)
+    return " → ".join(score(ap) for ap in both if ap is not None)
+
+
 def change(case: CaseResult) -> float | None:
     """Subject AP less reference AP."""
     if case.scores is None or case.scores.reference_ap is None:
@@ -106,9 +114,9 @@ def milliseconds(case: CaseResult) -> float | None:
     return 1000 * case.timing.inference_s / case.timing.images if case.timing and case.timing.images else None
 
 
-def largest(case: CaseResult, field: Literal["box_difference", "score_difference"]) -> float | None:
-    """Largest `field` among the worst images."""
-    return max((getattr(image, field) for image in case.worst), default=None)
+def checked(case: CaseResult, name: Literal["boxes", "scores"]) -> float | None:
+    """The largest difference of decoded boxes (pixels) or scores, as the check of that name has it."""
+    return next((check.value for stage in case.stages for check in stage.checks if check.name == name), None)
 
 
 def key(value: float | None) -> str:
@@ -192,7 +200,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, precise, cosine, decibel, score, change, signed, milliseconds, largest, key, drawn, tag_size)
+    filters = (number, precise, cosine, decibel, score, scores_line, change, signed, milliseconds, checked, key, drawn, tag_size)
     environment.filters.update({function.__name__: function for function in filters})
     environment.filters.update(policy_hash=_policy_hash, plural=_plural)
     return environment

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from alignment.engine.build import BuildOptions, build_environment, cached_engine, cuda_context
-from alignment.engine.capabilities import gpu
+from alignment.engine.capabilities import Capabilities, gpu
 from alignment.engine.log import Log, listening, warnings_of
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
@@ -33,7 +33,10 @@ class TensorRTRunner(Runner):
     def __init__(self, onnx_path: Path, options: BuildOptions) -> None:
         self._path = onnx_path
         self._log = Log()
-        self._runtime = self._engine = self._context = self._stream = None
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._context: Any = None
+        self._stream: Any = None
         self._outputs: dict[str, np.dtype] = {}
         self._buffers: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
@@ -55,15 +58,7 @@ class TensorRTRunner(Runner):
         self._check(batch)
         with cuda_context(), listening(self._log):
             parts = [self._piece(batch[i : i + self._max]) for i in range(0, len(batch), self._max)]
-        if len(parts) == 1:
-            return parts[0]
-        for name in self._outputs:
-            if any(part[name].ndim == 0 or len(part[name]) > self._max for part in parts):
-                raise AlignError(
-                    f"{self._path}: output {name} has no batch axis, so pieces of {self._max} images cannot be joined",
-                    "build with a larger max batch",
-                )
-        return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
+        return parts[0] if len(parts) == 1 else {name: self._joined(name, parts) for name in self._outputs}
 
     def latency(self, batch: np.ndarray, repeats: int = 100, warmup: int = 10) -> list[float]:
         """Milliseconds on the GPU for each of `repeats` runs of one batch, without copies to and from the host.
@@ -111,7 +106,10 @@ class TensorRTRunner(Runner):
 
         with cuda_context(), listening(self._log) as logger:
             trt.init_libnvinfer_plugins(logger, "")
-            self._runtime = trt.Runtime(logger)
+            try:
+                self._runtime = trt.Runtime(logger)
+            except TypeError:  # what pybind11 makes of a null pointer
+                raise AlignError(f"TensorRT cannot start: {self._said()}", "check the GPU's driver") from None
             engine = self._engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
                 raise AlignError(f"{self._path}: TensorRT cannot load its engine: {self._said()}", "clear ALIGN_CACHE")
@@ -183,6 +181,16 @@ class TensorRTRunner(Runner):
             outputs[name] = array.astype(np.float32) if array.dtype == np.float16 else array
         return outputs
 
+    def _joined(self, name: str, parts: list[dict[str, np.ndarray]]) -> np.ndarray:
+        """One output of all pieces, none of which but the last is smaller than the engine's largest batch."""
+        arrays = [part[name] for part in parts]
+        if any(array.ndim == 0 or len(array) != self._max for array in arrays[:-1]):
+            raise AlignError(
+                f"{self._path}: output {name} has no batch axis, so pieces of {self._max} images cannot be joined",
+                "build with a larger max batch",
+            )
+        return np.concatenate(arrays)
+
     def _bind(self, images: np.ndarray) -> dict[str, tuple[int, ...]]:
         """Tells the engine shapes and addresses; gives the shape of each output."""
         context = self._context
@@ -226,12 +234,11 @@ class TensorRTRunner(Runner):
     def _provenance(self, options: BuildOptions, plan: bytes, from_cache: bool) -> dict[str, Any]:
         import pycuda
         import pycuda.driver as cuda
-        import tensorrt as trt
 
         device = gpu()
         return {
             "backend": "tensorrt",
-            "tensorrt": trt.__version__,
+            "tensorrt": Capabilities.current().version,
             "device": device.name,
             "compute_capability": device.compute_capability,
             "driver_cuda": device.driver_cuda,

@@ -20,6 +20,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -59,7 +60,9 @@ def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
 @app.command()
 @_reported
 def run(
-    variants: Annotated[list[str] | None, typer.Argument(help="names or YAML files; default: the embedded ones")] = None,
+    variants: Annotated[
+        list[str] | None, typer.Argument(help="names or YAML files; default: the embedded ones")
+    ] = None,
     backend: Annotated[str, typer.Option(help="comma-separated")] = "torch,onnxruntime,tensorrt",
     precision: Annotated[str, typer.Option(help="comma-separated: fp32, tf32")] = "fp32",
     data: Data = None,
@@ -67,7 +70,9 @@ def run(
     out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
     golden: Golden = None,
     records: Annotated[Path | None, typer.Option(help="write records of this run into this folder")] = None,
-    update_golden: Annotated[str | None, typer.Option(metavar="REASON", help="write what is measured as golden")] = None,
+    update_golden: Annotated[
+        str | None, typer.Option(metavar="REASON", help="write what is measured as golden")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="a case that cannot be run fails")] = False,
 ) -> None:
     """Run variants through the backends, compare them stage by stage, and say whether they are aligned."""
@@ -87,9 +92,11 @@ def run(
     for variant, cases in plan:
         with _progress() as bar:
             task = bar.add_task(variant.name, total=None)
-            results, seconds, dataset = session.run_cases(
-                variant, cases, options, lambda _, n, total, t=task, b=bar: b.update(t, completed=n, total=total)
-            )
+
+            def show(_: Variant, done: int, total: int, task: TaskID = task, bar: Progress = bar) -> None:
+                bar.update(task, completed=done, total=total)
+
+            results, seconds, dataset = session.run_cases(variant, cases, options, show)
         session.add_results(alignment, variant, results, seconds, dataset)
         if update_golden:
             for result in (r for r in results if r.status != "skip"):

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from alignment.engine import capabilities
@@ -45,7 +46,7 @@ def examine() -> Iterator[Finding]:
     yield _compiled_ops()
     reason = capabilities.missing()
     if reason is None:
-        yield Finding("tensorrt", "ok", capabilities.current().version)
+        yield Finding("tensorrt", "ok", capabilities.Capabilities.current().version)
     else:
         yield Finding("tensorrt", "missing", f"{reason}; committed records are replayed instead")
     data = data_dir()
@@ -67,7 +68,7 @@ def _compiled_ops() -> Finding:
     return Finding("mmcv ops", "note", "mmcv-lite: the pure-torch stand-in serves NMS, rotated IoU and focal loss")
 
 
-def _existing(path):
+def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path

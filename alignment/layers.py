@@ -86,9 +86,7 @@ def mark_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     return marked
 
 
-def _layer(
-    node: onnx.NodeProto, name: str, ours: np.ndarray, plain: np.ndarray, truth: np.ndarray
-) -> LayerError:
+def _layer(node: onnx.NodeProto, name: str, ours: np.ndarray, plain: np.ndarray, truth: np.ndarray) -> LayerError:
     magnitude = float(np.abs(truth).max(initial=0.0))
     own = float(np.abs(plain - truth).max(initial=0.0))
     # A tensor that plain float32 gets exactly, a Reshape's say, still carries half a rounding of its inputs.

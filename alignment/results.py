@@ -143,7 +143,7 @@ class CaseResult(_Model):
 class Alignment(_Model):
     """One RUN: ``alignment.json``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     created: str
     command: str
     machine: dict[str, Any] = {}

@@ -83,7 +83,8 @@ def _side(tensor: TensorResult) -> Side:
 
 
 def _ratio(tensor: TensorResult) -> float:
-    assert tensor.reference_error and tensor.subject_error
+    assert tensor.reference_error
+    assert tensor.subject_error
     if tensor.subject_error.nonfinite > tensor.reference_error.nonfinite:
         return float("inf")
     tiny = 1e-12

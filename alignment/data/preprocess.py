@@ -58,7 +58,7 @@ def preprocess(image: np.ndarray, size: InputSize, settings: Preprocess) -> tupl
     if settings.channels == "rgb":
         canvas = canvas[..., ::-1]
     # Subtract and divide in float32, in this order: the bits equal those of the frameworks' tensors.
-    normalized = (canvas.astype(np.float32) - np.float32(settings.mean)) / np.float32(settings.std)
+    normalized = (canvas.astype(np.float32) - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
     return np.ascontiguousarray(normalized.transpose(2, 0, 1)), transform
 
 

@@ -107,7 +107,9 @@ def export(variant: Variant, folder: Path, options: ExportOptions) -> ExportedMo
         _trace(detector, variant, options, temporary)
         model = _simplify(onnx.load(temporary))
         if model.opset_import[0].version != options.opset:
-            raise AlignError(f"{variant.name}: opset {options.opset} asked for, {model.opset_import[0].version} written")
+            raise AlignError(
+                f"{variant.name}: opset {options.opset} asked for, {model.opset_import[0].version} written"
+            )
         node_map = build_node_map(model, detector)
         _add_papers(model, variant, options)
         onnx.checker.check_model(model, full_check=True)

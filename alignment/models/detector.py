@@ -29,9 +29,12 @@ class Detector(nn.Module):
         size: the fixed input size; priors are constants of the module.
     """
 
+    priors: Tensor
+    stride: Tensor
+
     def __init__(self, model: Any, size: InputSize) -> None:
         super().__init__()
-        self.model = model.eval()
+        self.model: Any = model.eval()
         head = model.bbox_head
         strides = [int(s[0] if isinstance(s, tuple | list) else s) for s in head.featmap_strides]
         shapes = [(size.height // s, size.width // s) for s in strides]
@@ -75,8 +78,9 @@ def fused(detector: Detector) -> Detector:
     """
     copied = copy.deepcopy(detector).double()
     for module in list(copied.modules()):
-        if hasattr(module, "switch_to_deploy"):
-            module.switch_to_deploy()
+        merge = getattr(module, "switch_to_deploy", None)
+        if callable(merge):
+            merge()
     _fold_batch_norms(copied)
     return copied.float().eval()
 

@@ -45,14 +45,15 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
         Kept indices by falling score, int64.  0/0 of two empty boxes is no overlap.
     """
     order = _by_falling_score(scores)
-    sorted_boxes = boxes[order].float()
-    low, high = sorted_boxes[:, :2], sorted_boxes[:, 2:]
-    area = (high - low + offset).prod(1)
+    x1, y1, x2, y2 = boxes[order].float().T.contiguous()
+    area = (x2 - x1 + offset) * (y2 - y1 + offset)
+
+    def extent(low: Tensor, high: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        common = torch.minimum(high[rows, None], high[columns]) - torch.maximum(low[rows, None], low[columns])
+        return (common + offset).clamp_(min=0)
 
     def suppresses(rows: Tensor, columns: Tensor) -> Tensor:
-        upper, lower = torch.minimum(high[rows, None], high[columns]), torch.maximum(low[rows, None], low[columns])
-        extent = (upper - lower + offset).clamp_(min=0)
-        intersection = extent[..., 0] * extent[..., 1]
+        intersection = extent(x1, x2, rows, columns) * extent(y1, y2, rows, columns)
         return intersection / (area[rows, None] + area[columns] - intersection) > iou_threshold
 
     return order[_greedy(len(order), suppresses, boxes.device)]
@@ -258,9 +259,9 @@ def _rotated_intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Area common to paired rotated boxes (P, 5), (P, 5) float64, (P,).
 
     About the centre of the first box and along the axes of the second, the second is low <= (x, y) <= high, and the
-    area is the integral of -clamp(y, low, high) dx along the anticlockwise outline of the first within low <= x <= high:
-    a sum over four edges that is continuous in all its arguments, so that touching, equal and parallel boxes are no
-    special cases.
+    area is the integral of -clamp(y, low, high) dx along the anticlockwise outline of the first within
+    low <= x <= high: a sum over four edges that is continuous in all its arguments, so that touching, equal and
+    parallel boxes are no special cases.
     """
     shift, turn = boxes2[:, :2] - boxes1[:, :2], (boxes1[:, 4] - boxes2[:, 4])[:, None]
     cos, sin = boxes2[:, 4].cos(), boxes2[:, 4].sin()

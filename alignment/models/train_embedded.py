@@ -31,8 +31,8 @@ def train_config(variant: Variant, root: Path, work: Path, epochs: int, seed: in
     size = variant.input.width, variant.input.height
     iterations = epochs * (TRAIN_IMAGES // BATCH)
     meta = dict(classes=tuple(CATEGORIES.values()))
-    load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True)]
-    letterbox = [
+    load: list[dict] = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True)]
+    letterbox: list[dict] = [
         dict(type="YOLOv5KeepRatioResize", scale=size),
         dict(type="LetterResize", scale=size, allow_scale_up=True, pad_val=dict(img=114)),
     ]
@@ -54,7 +54,7 @@ def train_config(variant: Variant, root: Path, work: Path, epochs: int, seed: in
     test_pipeline = [
         load[0],
         letterbox[0],
-        dict(letterbox[1], allow_scale_up=False),
+        {**letterbox[1], "allow_scale_up": False},
         dict(type="LoadAnnotations", with_bbox=True, _scope_="mmdet"),
         dict(type="mmdet.PackDetInputs", meta_keys=(*keys, "scale_factor", "pad_param")),
     ]
@@ -145,7 +145,7 @@ def main(
         for key, value in trained.items()
         if not key.endswith("num_batches_tracked")
     }
-    path = out or variant.source.checkpoint
+    path = out or variant.weights
     with writing(path) as temporary:
         torch.save(state, temporary)
     typer.echo(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)")

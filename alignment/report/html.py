@@ -200,7 +200,21 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, precise, cosine, decibel, score, scores_line, change, signed, milliseconds, checked, key, drawn, tag_size)
+    filters = (
+        number,
+        precise,
+        cosine,
+        decibel,
+        score,
+        scores_line,
+        change,
+        signed,
+        milliseconds,
+        checked,
+        key,
+        drawn,
+        tag_size,
+    )
     environment.filters.update({function.__name__: function for function in filters})
     environment.filters.update(policy_hash=_policy_hash, plural=_plural)
     return environment

@@ -45,7 +45,9 @@ def read_run(folder: Path) -> Alignment:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AlignError(f"{path} does not exist", f"name the folder of a finished run, which holds {RESULTS}") from None
+        raise AlignError(
+            f"{path} does not exist", f"name the folder of a finished run, which holds {RESULTS}"
+        ) from None
     except OSError as error:
         raise AlignError(f"{path} cannot be read ({error.strerror})", "name the folder of a finished run") from error
     except ValueError as error:

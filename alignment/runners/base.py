@@ -30,7 +30,7 @@ class Runner(ABC):
             Every output of the model by name, first axis B; arrays that the caller owns.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most backends hold nothing
         """Frees what the backend holds."""
 
     def __enter__(self) -> Runner:

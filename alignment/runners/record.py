@@ -131,8 +131,8 @@ class Record:
         ):
             ends = np.cumsum(arrays[f"{name}_count"])[:-1]
             columns = {k: np.split(arrays[f"{name}_{k}"], ends) for k in ("boxes", "scores", "labels", "rows")}
-            for index, image in enumerate(images):
-                table[image] = kind(**{k: parts[index] for k, parts in columns.items()})  # type: ignore[index]
+            rows: list[Any] = [kind(**{k: parts[i] for k, parts in columns.items()}) for i in range(len(images))]
+            table.update(zip(images, rows, strict=True))
         for image in images:
             if f"full_{image}_boxes" in arrays:
                 boxes = (arrays[f"full_{image}_boxes"] * steps["boxes"]).astype(np.float32)

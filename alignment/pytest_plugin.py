@@ -1,0 +1,159 @@
+"""Options, markers and fixtures of the suite: ``pytest -m fp32_alignment --variant yolov8_n --data DIR``.
+
+A test that takes the fixture `aligned_case` is repeated for every case; the cases of one variant run together, once,
+in whichever worker asks first.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.case import Case, cases_of
+from alignment.errors import AlignError
+from alignment.results import Alignment, CaseResult
+from alignment.variant import Variant, golden_dir, load_variant, zoo
+
+MARKERS = {
+    "fp32_alignment": "torch, ONNX Runtime and TensorRT give the same answers in FP32",
+    "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
+    "real_data": "needs the real checkpoints and images below ALIGN_DATA",
+}
+_STORE = pytest.StashKey["Store"]()
+_PARTS = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the suite."""
+    group = parser.getgroup("alignment")
+    group.addoption("--variant", action="append", metavar="NAME", help="variant or YAML file; repeatable; default: all")
+    group.addoption("--data", type=Path, help="COCO-layout root; default $ALIGN_DATA/coco")
+    group.addoption("--images", type=int, help="the first so many images only")
+    group.addoption("--golden", type=Path, help="folder of golden values; default: the packaged one")
+    group.addoption("--update-golden", metavar="REASON", help="write what is measured as golden, for REASON")
+    group.addoption("--report", type=Path, metavar="DIR", help="write alignment.json and report.html into DIR")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers markers, and keeps the cases of a variant on one worker."""
+    for name, text in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+    config.stash[_PARTS] = []
+    # pytest has a --strict of its own; here it also means that a case that cannot be run fails.  xdist hands the
+    # controller's options to its workers.
+    given = "--strict" in config.invocation_params.args
+    config.option.strict_cases = given or getattr(config.option, "strict_cases", False)
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
+
+
+class Store:
+    """Results of this process, variant by variant."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from alignment import session
+        from alignment.pipeline import RunOptions
+
+        option = config.option
+        self.golden: Path = option.golden or golden_dir()
+        self.options = session.SessionOptions(
+            option.data, option.images, RunOptions(golden=self.golden, out=option.report)
+        )
+        self.update_reason: str | None = option.update_golden
+        self.alignment = session.new_alignment(shlex.join(["pytest", *sys.argv[1:]]))
+        self._results: dict[str, dict[str, CaseResult]] = {}
+        self._errors: dict[str, AlignError] = {}
+
+    def result(self, variant: Variant, case: Case, cases: list[Case]) -> CaseResult:
+        """The result of `case`; runs all `cases` of its variant the first time.  Raises AlignError again each time."""
+        from alignment import session
+        from alignment.golden import update
+
+        if variant.name in self._errors:
+            raise self._errors[variant.name]
+        if variant.name not in self._results:
+            try:
+                results, seconds, dataset = session.run_cases(variant, cases, self.options)
+            except AlignError as error:
+                self._errors[variant.name] = error
+                raise
+            session.add_results(self.alignment, variant, results, seconds, dataset)
+            self._results[variant.name] = {r.case.id: r for r in results}
+            if self.update_reason:
+                for result in results:
+                    if result.status != "skip" and not result.replayed:
+                        update(self.golden, result, dataset, self.update_reason)
+        return self._results[variant.name][case.id]
+
+
+def _chosen(config: pytest.Config) -> list[Variant]:
+    try:
+        return [load_variant(name) for name in config.option.variant or zoo()]
+    except AlignError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a case, the cases of a variant in one xdist group; TensorRT cases are marked ``gpu``."""
+    if "aligned_case" not in metafunc.fixturenames:
+        return
+    parameters = []
+    for variant in _chosen(metafunc.config):
+        cases = cases_of(variant, ("torch", "onnxruntime", "tensorrt"), ("fp32",))
+        for case in cases:
+            marks = [pytest.mark.xdist_group(variant.name)]
+            if case.backend == "tensorrt":
+                marks.append(pytest.mark.gpu)
+            parameters.append(pytest.param((variant, case, cases), id=case.id, marks=marks))
+    metafunc.parametrize("aligned_case", parameters, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def alignment_store(request: pytest.FixtureRequest) -> Store:
+    """Results of this process."""
+    return request.config.stash.setdefault(_STORE, Store(request.config))
+
+
+@pytest.fixture
+def aligned_case(request: pytest.FixtureRequest, alignment_store: Store) -> CaseResult:
+    """The result of one case; skips, or with --strict fails, where it cannot be had."""
+    variant, case, cases = request.param
+    result = alignment_store.result(variant, case, cases)
+    if result.status == "skip":
+        (pytest.fail if request.config.option.strict_cases else pytest.skip)(result.reason)
+    return result
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The golden folder."""
+    return request.config.option.golden or golden_dir()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands a worker's results to the controller, which writes the RUN folder."""
+    config = session.config
+    store = config.stash.get(_STORE, None)
+    part = store.alignment.model_dump_json() if store else None
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["alignment"] = part  # type: ignore[attr-defined]
+        return
+    parts = [Alignment.model_validate(json.loads(text)) for text in [*config.stash[_PARTS], part] if text]
+    if config.option.report and any(p.cases for p in parts):
+        from alignment.report.run_folder import merge, write_run
+
+        write_run(merge(parts), config.option.report)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Collects what a worker found."""
+    part = getattr(node, "workeroutput", {}).get("alignment")
+    if part:
+        node.config.stash[_PARTS].append(part)

@@ -86,7 +86,7 @@ def read_golden(folder: Path, variant: str) -> Golden:
         return Golden(variant=variant)
     try:
         return Golden.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise AlignError(f"{path}: not a golden file: {reason}", "mend it or make it anew: --update-golden") from None
 
@@ -174,4 +174,6 @@ def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> Golde
 
 def _round(value: float, down: bool = False) -> float:
     """Two digits for errors, five places for rates."""
-    return float(f"{value:.5f}") - (1e-5 if down and value < 1 else 0) if down else float(f"{value:.2g}")
+    if not down:
+        return float(f"{value:.2g}")
+    return max(0.0, float(f"{value:.5f}") - (1e-5 if value < 1 else 0))

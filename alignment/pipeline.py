@@ -45,7 +45,7 @@ class RunOptions:
     golden: Path = field(default_factory=golden_dir)
     out: Path | None = None
     records: Path | None = None
-    referee_images: int = 4
+    referee_images: int = 3
 
 
 @dataclass
@@ -177,7 +177,8 @@ def _judge_sides(variant: Variant, sides: list[_Side], samples: Samples, options
             stages=stages,
             scores=measured.scores,
             timing=Timing(inference_s=side.inference_s, images=len(samples)),
-            warnings=[*side.runner.warnings, *([variant.notes] if variant.notes else [])],
+            warnings=side.runner.warnings,
+            notes=[variant.notes] if variant.notes else [],
             provenance={**side.runner.provenance, "nms": variant.nms.model_dump()},
             reference_provenance={} if is_reference else reference.runner.provenance,
         )

@@ -17,7 +17,7 @@ from alignment.errors import AlignError
 from alignment.golden import limits, read_golden
 from alignment.pipeline import explain
 from alignment.results import CaseResult, Scores, TensorResult
-from alignment.runners.record import Candidates, Record, record_path
+from alignment.runners.record import BOX_STEP, SCORE_STEP, Candidates, Record, record_path
 from alignment.variant import Variant
 
 
@@ -78,6 +78,8 @@ def _refuse_stale(record: Record, reference: Record, variant: Variant, path: Pat
     mend = "make the record again: align run VARIANT --backend torch,tensorrt --records DIR"
     if record.identity != reference.identity:
         raise AlignError(f"{path}: made with other weights than the record of its reference", mend)
+    if list(record.digests) != list(reference.digests):
+        raise AlignError(f"{path}: of other images than the record of its reference", mend)
     if record.identity["variant_fingerprint"] != variant.fingerprint():
         raise AlignError(f"{path}: stale: the variant's YAML changed since", mend)
     if variant.weights.is_file():
@@ -106,8 +108,11 @@ def _recomputed(record: Record, reference: Record, images: list[int]) -> list[Te
         kinds["boxes, candidates"].add(ours.boxes, theirs.boxes)
         kinds["scores, candidates"].add(ours.scores, theirs.scores)
         if image in record.full and image in reference.full:
-            for name, a, b in zip(("boxes", "scores"), record.full[image], reference.full[image], strict=True):
-                kinds[name].add(a, b)
+            both = zip(
+                ("boxes", "scores"), record.full[image], reference.full[image], (BOX_STEP, SCORE_STEP), strict=True
+            )
+            for name, a, b, step in both:
+                kinds[name].add(_beyond_rounding(a, b, step), b)
     results = []
     for name, errors in kinds.items():
         stats = errors.stats()
@@ -123,6 +128,12 @@ def _shared(a: Candidates, b: Candidates) -> tuple[Candidates, Candidates]:
     keys = [c.rows.astype(np.int64) << 16 | c.labels for c in (a, b)]
     _, left, right = np.intersect1d(*keys, return_indices=True)
     return _take(a, left), _take(b, right)
+
+
+def _beyond_rounding(a: np.ndarray, b: np.ndarray, step: float) -> np.ndarray:
+    """`a` moved towards `b` by one step of fixed point, which is what rounding both can add to their difference."""
+    difference = a - b
+    return b + np.sign(difference) * np.maximum(np.abs(difference) - np.float32(step), 0)
 
 
 def _take(c: Candidates, index: np.ndarray) -> Candidates:

@@ -16,14 +16,15 @@ STAGES: tuple[StageName, ...] = ("input", "raw", "decoded", "detections", "map")
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Unknown fields are passed over, so that an older reader takes a newer file of the same version.
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
 
 
 class ErrorStats(_Model):
     """Errors of one tensor against another, over all elements of all images.
 
-    `p99_abs` is exact to 1 %; `sqnr_db` is 10 log10(signal / noise power), absent when there is no noise;
-    `nonfinite` counts elements that are finite on one side only.
+    `p99_abs` is exact to 1 %, for large tensors that of every 11th element; `sqnr_db` is 10 log10(signal / noise
+    power), absent when there is no noise; `nonfinite` counts elements that are finite on one side only.
     """
 
     count: int
@@ -77,7 +78,10 @@ class Box(_Model):
 
 
 class WorstImage(_Model):
-    """An image on which the two sides differ most.  `picture` is a path inside the RUN folder (JPEG or PNG, scaled)."""
+    """An image on which the two sides differ most: their detections of score >= 0.25.
+
+    `picture` is a path inside the RUN folder (JPEG or PNG, scaled); `agreement` is 0..1.
+    """
 
     image_id: int
     file_name: str
@@ -136,12 +140,13 @@ class CaseResult(_Model):
     timing: Timing | None = None
     worst: list[WorstImage] = []
     warnings: list[str] = []
+    notes: list[str] = []
     provenance: dict[str, Any] = {}
     reference_provenance: dict[str, Any] = {}
 
 
 class Alignment(_Model):
-    """One RUN: ``alignment.json``."""
+    """One RUN: ``alignment.json``.  `timing` is in seconds."""
 
     schema_version: Literal[1] = 1
     created: str

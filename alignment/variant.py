@@ -203,5 +203,16 @@ def _first(error: ValidationError) -> str:
     field = ".".join(str(part) for part in first["loc"] if part not in ("mmyolo", "onnx"))
     given = first.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    if first["type"] == "extra_forbidden":
+        shown = f"; allowed are {', '.join(_siblings(first['loc']))}"
     more = len(error.errors()) - 1
     return f"{field or 'variant'}: {first['msg']}{shown}" + (f"; and {more} more" if more else "")
+
+
+def _siblings(place: tuple[int | str, ...]) -> list[str]:
+    """The fields that may stand where pydantic found another one."""
+    kinds: dict[Any, Any] = {"mmyolo": MMYoloSource, "onnx": OnnxSource}
+    model: Any = Variant
+    for part in place[:-1]:
+        model = kinds.get(part) or model.model_fields[part].annotation
+    return list(model.model_fields)

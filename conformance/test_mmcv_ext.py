@@ -100,7 +100,7 @@ def test_rotated_iou_of_all_pairs(first, second):
 
 
 @pytest.mark.parametrize(
-    "first, second, iou, iof",
+    ("first", "second", "iou", "iof"),
     [
         pytest.param((3, 4, 5, 2, 0.7), (3, 4, 5, 2, 0.7), 1, 1, id="identical"),
         pytest.param((3, 4, 5, 2, 0.7), (3, 4, 2, 5, 0.7 + np.pi / 2), 1, 1, id="identical-other-description"),
@@ -234,7 +234,7 @@ def test_equal_scores_are_taken_in_index_order():
 # ---- focal loss ----
 
 
-@pytest.mark.parametrize("gamma, alpha", [(2.0, 0.25), (1.5, 0.5), (0.0, 0.75)])
+@pytest.mark.parametrize(("gamma", "alpha"), [(2.0, 0.25), (1.5, 0.5), (0.0, 0.75)])
 def test_focal_loss_equals_mmdet_and_autograd(gamma, alpha):
     pytest.importorskip("mmdet")
     from mmcv.ops import sigmoid_focal_loss
@@ -260,7 +260,8 @@ def test_focal_loss_of_extreme_logits():
         arguments = logits, torch.tensor([target]), torch.empty(0)
         mmcv_ext.sigmoid_focal_loss_forward(*arguments, loss, 2.0, 0.25)
         mmcv_ext.sigmoid_focal_loss_backward(*arguments, gradient, 2.0, 0.25)
-        assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(gradient).all()
         assert [i for i in range(2) if loss[0, i] > 1] == wrong, "200 * alpha where the class is certain and wrong"
 
 

@@ -31,13 +31,25 @@ def coco_ap(dataset: CocoDataset, detections: Mapping[int, Detections]) -> tuple
         truth.dataset = {"info": {}, **dataset.truth}
         truth.createIndex()
         if not rows:
-            return (0.0, 0.0) if dataset.truth["annotations"] else (-1.0, -1.0)
+            known = any(a["image_id"] in detections for a in dataset.truth["annotations"])
+            return (0.0, 0.0) if known else (-1.0, -1.0)
         evaluation = COCOeval(truth, truth.loadRes(np.concatenate(rows)), "bbox")
-        evaluation.params.imgIds = sorted(detections)
+        settings = evaluation.params
+        settings.imgIds = sorted(detections)
+        # Of summarize()'s twelve numbers two are needed: leaving out the other area ranges, and the categories without
+        # truth (which no mean counts), costs a quarter of the time and changes neither.
+        settings.areaRng, settings.areaRngLbl = settings.areaRng[:1], settings.areaRngLbl[:1]
+        settings.maxDets = [100]
+        settings.catIds = sorted({a["category_id"] for a in truth.loadAnns(truth.getAnnIds(imgIds=settings.imgIds))})
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0]), float(evaluation.stats[1])
+    precision = evaluation.eval["precision"][..., 0, 0]
+    return _mean(precision), _mean(precision[0])
+
+
+def _mean(precision: np.ndarray) -> float:
+    counted = precision[precision > -1]
+    return float(counted.mean()) if counted.size else -1.0
 
 
 def _rows(image: int, found: Detections, category_ids: list[int]) -> np.ndarray:

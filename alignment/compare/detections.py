@@ -49,8 +49,8 @@ def agree(reference: Detections, subject: Detections) -> Agreement:
     """Matches the detections of two sides on one image.
 
     A detection of score ≥ 0.25 has a counterpart when the other side has one, of any score, with the same label, IoU
-    ≥ 0.9 and a score at most 0.05 away; one to one, best IoU first.  Counterparts below 0.25 count so that a score
-    that crosses 0.25 by rounding is no loss.
+    ≥ 0.9 and a score at most 0.05 away; one to one, best IoU first, then nearest score.  Counterparts below 0.25
+    count so that a score that crosses 0.25 by rounding is no loss.
     """
     forward, box_a, score_a = _match(reference, subject)
     backward, box_b, score_b = _match(subject, reference)
@@ -68,7 +68,7 @@ def _match(one: Detections, other: Detections) -> tuple[np.ndarray, float, float
     free = np.ones(len(other), bool)
     box = score = 0.0
     rows, columns = np.nonzero(fits)
-    for index in np.argsort(-iou[rows, columns], kind="stable"):
+    for index in np.lexsort((gap[rows, columns], -iou[rows, columns])):
         row, column = rows[index], columns[index]
         if not found[row] and free[column]:
             found[row], free[column] = True, False

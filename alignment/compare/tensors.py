@@ -11,6 +11,13 @@ from alignment.results import ErrorStats
 # Bits of a non-negative float32, without the low 16, number its magnitude in steps of at most 1/128 (0.8 %).
 _SHIFT = 16
 _BINS = 1 << (32 - _SHIFT - 1)
+# Below this a float32 sum of products may have lost what underflowed.
+_TINY = 1e-30
+_BLOCK = 1 << 16
+# The quantile of a large tensor comes from every 11th element: coprime to the widths of heads (80 classes, 4 x 16
+# bins), so that no column is left out.
+_SAMPLE_STEP = 11
+_SAMPLED_FROM = 1 << 18
 
 
 class ErrorAccumulator:
@@ -34,8 +41,17 @@ class ErrorAccumulator:
         """
         if subject.shape != reference.shape:
             raise ValueError(f"shapes {subject.shape} and {reference.shape} differ")
-        a, b = subject.ravel(), reference.ravel()
-        error = np.abs(a - b)
+        a, b, before = subject.ravel(), reference.ravel(), self._nonfinite
+        step = _SAMPLE_STEP if len(a) > _SAMPLED_FROM else 1
+        # Blocks that stay in the CPU's cache: several times faster than one pass a statistic.
+        blocks = [self._add_block(a[i : i + _BLOCK], b[i : i + _BLOCK], step) for i in range(0, len(a), _BLOCK)]
+        bits = np.concatenate([sample for _, sample in blocks] or [np.empty(0, np.float32)]).view(np.uint32) >> _SHIFT
+        self._histogram += np.bincount(bits.view(np.int32), minlength=_BINS)
+        return max((largest for largest, _ in blocks), default=0.0) if self._nonfinite == before else math.inf
+
+    def _add_block(self, a: np.ndarray, b: np.ndarray, step: int) -> tuple[float, np.ndarray]:
+        with np.errstate(invalid="ignore"):
+            error = np.abs(a - b)
         largest = float(error.max(initial=0.0))
         if not math.isfinite(largest):
             a, b, error = self._finite(a, b)
@@ -43,13 +59,11 @@ class ErrorAccumulator:
         self._count += len(error)
         self._max = max(self._max, largest)
         self._sum += float(error.sum(dtype=np.float64))
-        self._noise += float(np.dot(error, error))
-        self._subject += float(np.dot(a, a))
-        self._reference += float(np.dot(b, b))
-        self._dot += float(np.dot(a, b))
-        bits = error.astype(np.float32, copy=False).view(np.uint32) >> _SHIFT
-        self._histogram += np.bincount(bits.view(np.int32), minlength=_BINS)
-        return largest if not self._nonfinite else math.inf
+        self._noise += _dot(error, error)
+        self._subject += _dot(a, a)
+        self._reference += _dot(b, b)
+        self._dot += _dot(a, b)
+        return largest, error[::step].astype(np.float32)
 
     def stats(self) -> ErrorStats | None:
         """What came together so far; None before anything was added."""
@@ -70,10 +84,11 @@ class ErrorAccumulator:
 
     def _finite(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         both = np.isfinite(a) & np.isfinite(b)
-        same = (a == b) | (np.isnan(a) & np.isnan(b))
-        self._nonfinite += int((~both & ~same).sum())
-        self._count += int((~both & same).sum())
-        return a[both], b[both], np.abs(a[both] - b[both])
+        kept = both | (a == b) | (np.isnan(a) & np.isnan(b))
+        self._nonfinite += int((~kept).sum())
+        # What is equal and not finite stays, as a pair of zeros.
+        a, b = (np.where(both, x, x.dtype.type(0))[kept] for x in (a, b))
+        return a, b, np.abs(a - b)
 
     def _quantile(self, q: float) -> float:
         total = int(self._histogram.sum())
@@ -83,3 +98,12 @@ class ErrorAccumulator:
         edges = np.array([index, index + 1], np.uint32) << _SHIFT
         low, high = edges.astype(np.uint32).view(np.float32)
         return min(float((low + high) / 2) if index else 0.0, self._max)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    """In the arrays' own dtype, which is fast; in float64 where float32 over- or underflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = float(np.dot(a, b))
+    if math.isfinite(value) and (abs(value) > _TINY or a.dtype == np.float64):
+        return value
+    return float(np.dot(a.astype(np.float64), b.astype(np.float64)))

@@ -85,8 +85,8 @@ def _side(tensor: TensorResult) -> Side:
 def _ratio(tensor: TensorResult) -> float:
     assert tensor.reference_error
     assert tensor.subject_error
-    if tensor.subject_error.nonfinite > tensor.reference_error.nonfinite:
-        return float("inf")
+    if tensor.subject_error.nonfinite != tensor.reference_error.nonfinite:
+        return float("inf") if tensor.subject_error.nonfinite > tensor.reference_error.nonfinite else 0.0
     tiny = 1e-12
     return (tensor.subject_error.max_abs + tiny) / (tensor.reference_error.max_abs + tiny)
 

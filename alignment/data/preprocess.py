@@ -72,7 +72,8 @@ def _letterbox(image: np.ndarray, size: InputSize, settings: Preprocess) -> tupl
     rows, columns = resized.shape[:2]
     # Long and short sides may be swapped between image and input: the second step then shrinks once more.
     ratio = min(size.height / rows, size.width / columns, 1.0)
-    fitted = round(columns * ratio), round(rows * ratio)
+    # Where mmyolo would come to no pixels and fail, one is kept.
+    fitted = max(round(columns * ratio), 1), max(round(rows * ratio), 1)
     if (columns, rows) != fitted:
         resized = _resize(resized, *fitted, "bilinear", ratio)
     pad_h, pad_w = size.height - resized.shape[0], size.width - resized.shape[1]
@@ -83,9 +84,13 @@ def _letterbox(image: np.ndarray, size: InputSize, settings: Preprocess) -> tupl
 
 
 def _letterbox_top_left(image: np.ndarray, size: InputSize, settings: Preprocess) -> tuple[np.ndarray, Transform]:
-    """mmdet's Resize(keep_ratio=True) followed by Pad to the input's size."""
+    """mmdet's Resize(keep_ratio=True) followed by Pad to the input's size.
+
+    mmdet fits long edge to long edge; an image that lies across a rectangular input would then stick out of it, and
+    is fitted to it here.
+    """
     height, width = image.shape[:2]
-    ratio = _keep_ratio(height, width, size)
+    ratio = min(size.height / height, size.width / width)
     resized = _resize(image, int(width * ratio + 0.5), int(height * ratio + 0.5), settings.interpolation, ratio)
     rows, columns = resized.shape[:2]
     canvas = _pad(resized, (0, size.height - rows, 0, size.width - columns), settings.pad_value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm"}
+_REPEATED = re.compile(r"_\d+$")
 
 
 def build_node_map(model: onnx.ModelProto, detector: Any) -> dict[str, dict[str, str]]:
@@ -48,11 +50,14 @@ def _module_path(name: str, modules: dict[str, Any]) -> str:
 
     The scope lacks ``model``, whose parts are called one by one.
     """
-    parts = name.strip("/").split("/")[:-1]
-    dotted = ".".join(["model", *_joined(parts[1:])])
-    while dotted not in modules:
-        dotted = dotted.rpartition(".")[0]
-    return "" if dotted == "model" else dotted
+    path = "model"
+    for part in _joined(name.strip("/").split("/")[1:-1]):
+        # A module that is called again gets scopes that end in _1, _2, ...
+        found = next((p for p in (part, _REPEATED.sub("", part)) if f"{path}.{p}" in modules), None)
+        if found is None:
+            break
+        path = f"{path}.{found}"
+    return "" if path == "model" else path
 
 
 def _joined(parts: list[str]) -> list[str]:
@@ -60,7 +65,7 @@ def _joined(parts: list[str]) -> list[str]:
     joined: list[str] = []
     for part in parts:
         head = part.split(".")[0]
-        if joined and "." in part and joined[-1].split(".")[0] == head:
+        if joined and "." in part and _REPEATED.sub("", joined[-1].split(".")[0]) == head:
             joined[-1] = part
         else:
             joined.append(part)

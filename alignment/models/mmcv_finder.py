@@ -43,7 +43,7 @@ def install() -> None:
         sys.meta_path.append(MmcvExtFinder())
     original = multiprocessing.spawn.get_preparation_data
     if not hasattr(original, "installs_mmcv_finder"):
-        multiprocessing.spawn.get_preparation_data = _with_install(original)
+        multiprocessing.spawn.get_preparation_data = _with_install(original)  # type: ignore[assignment]
 
 
 class _InstallInChild:

@@ -9,6 +9,8 @@ import numpy as np
 from alignment.data.preprocess import Transform
 from alignment.variant import Nms
 
+_MATRIX = 256
+
 
 @dataclass(frozen=True)
 class Detections:
@@ -81,25 +83,31 @@ def nms_by_class(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float, li
     Returns:
         Indices of the kept boxes, rising.
     """
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    members = {label: np.flatnonzero(labels == label) for label in np.unique(labels)}
     alive = np.ones(len(boxes), bool)
-    kept: list[int] = []
-    for index in range(len(boxes)):
-        if not alive[index]:
-            continue
-        kept.append(index)
-        if len(kept) == limit:
-            break
-        label = labels[index]
-        rivals = members[label] = (m := members[label])[alive[m] & (m > index)]
-        if len(rivals):
-            overlap = _intersection(boxes[index], boxes[rivals])
-            union = areas[index] + areas[rivals] - overlap
-            # 0 / 0 of two empty boxes is no overlap
-            iou = np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
-            alive[rivals[iou > iou_threshold]] = False
-    return np.array(kept, np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        alive[members] = _greedy(boxes[members], iou_threshold, limit)
+    return np.flatnonzero(alive)[:limit]
+
+
+def _greedy(boxes: np.ndarray, iou_threshold: float, limit: int) -> np.ndarray:
+    """Greedy NMS of one class, ``[n] bool``; nothing after the `limit`-th kept box is kept."""
+    kept = np.zeros(len(boxes), bool)
+    alive = np.ones(len(boxes), bool)
+    # One small matrix is cheaper than a row a box; a large one is not, as few of its boxes survive.
+    overlaps = iou_matrix(boxes, boxes) > iou_threshold if len(boxes) <= _MATRIX else None
+    index = count = 0
+    while index < len(boxes) and count < limit:
+        if alive[index]:
+            kept[index] = True
+            count += 1
+            if overlaps is not None:
+                alive &= ~overlaps[index]
+            else:
+                rest = index + 1 + np.flatnonzero(alive[index + 1 :])
+                alive[rest[iou_matrix(boxes[index : index + 1], boxes[rest])[0] > iou_threshold]] = False
+        index += 1
+    return kept
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:

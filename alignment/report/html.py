@@ -18,6 +18,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 STATUSES = ("fail", "pass", "skip")
 ABSENT = "-"
 _SHOWN_WIDTH = 420  # CSS pixels a picture is about wide on the page; sizes the tags of its boxes
+_FAR = 1e6  # pixels; SVG has no use for coordinates beyond
 _MIME = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
 
 
@@ -32,11 +33,9 @@ def render(alignment: Alignment, folder: Path) -> str:
     """
     cases = sorted(alignment.cases, key=lambda case: STATUSES.index(case.status))
     verdict, summary = headline(alignment)
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(run=alignment, cases=cases, verdict=verdict, summary=summary, pictures=_Pictures(folder))
-    )
+    template = _environment().get_template("report.html.j2")
+    page = template.render(run=alignment, cases=cases, verdict=verdict, summary=summary, pictures=_Pictures(folder))
+    return page.lstrip()
 
 
 def headline(alignment: Alignment) -> tuple[str, str]:
@@ -139,7 +138,7 @@ class DrawnBox:
 
 
 def drawn(image: WorstImage) -> list[DrawnBox]:
-    """Boxes of both sides, those that the other side lacks last and so on top."""
+    """Boxes of both sides, those that the other side lacks last and so on top; none that is not finite."""
     boxes: list[DrawnBox] = []
     sides: tuple[tuple[Literal["reference", "subject"], list[Box]], ...] = (
         ("reference", image.reference),
@@ -151,7 +150,7 @@ def drawn(image: WorstImage) -> list[DrawnBox]:
             lonely += not box.matched
             if not all(map(math.isfinite, box.xyxy)):
                 continue
-            x1, y1, x2, y2 = box.xyxy
+            x1, y1, x2, y2 = (min(max(value, -_FAR), _FAR) for value in box.xyxy)
             tag = "" if box.matched else f"{side[0].upper()}{lonely}"
             text = f"{box.label_name or f'class {box.label}'} {box.score:.3f}"
             rectangle = (min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1))
@@ -226,9 +225,13 @@ def _policy_hash(text: str) -> str:
 
 
 def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count} {noun}" if count == 1 else f"{count} {_add_s(noun)}"
 
 
 def _verb(count: int, verb: str) -> str:
     """Third person: one case fails, two cases fail; one passes, two pass."""
-    return verb if count != 1 else verb + ("es" if verb.endswith("s") else "s")
+    return _add_s(verb) if count == 1 else verb
+
+
+def _add_s(word: str) -> str:
+    return word + ("es" if word.endswith(("s", "x")) else "s")

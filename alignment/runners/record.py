@@ -71,7 +71,7 @@ class Record:
             self.full[image] = boxes.astype(np.float32), scores.astype(np.float32)
 
     def save(self, folder: Path) -> Path:
-        """Writes both files into `folder`; the JSON appears last.  Returns its path."""
+        """Writes both files into `folder`; when both are whole they appear, the JSON last.  Returns its path."""
         arrays: dict[str, np.ndarray] = {}
         images = list(self.digests)
         arrays["images"] = np.array(images, np.int64)
@@ -91,11 +91,11 @@ class Record:
             "digests": {str(i): d for i, d in self.digests.items()},
             "result": self.result.model_dump(mode="json") if self.result else None,
         }
-        with writing(folder / f"{self.case}.npz") as temporary, temporary.open("wb") as stream:
-            np.savez_compressed(stream, allow_pickle=False, **arrays)
         path = record_path(folder, self.case)
-        with writing(path) as temporary:
-            temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        with writing(path) as text, writing(path.with_suffix(".npz")) as binary:
+            text.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+            with binary.open("wb") as stream:
+                np.savez_compressed(stream, allow_pickle=False, **arrays)
         return path
 
     @classmethod
@@ -125,6 +125,8 @@ class Record:
 
     def _fill(self, arrays: dict[str, np.ndarray], steps: dict[str, float]) -> None:
         images = [int(i) for i in arrays["images"]]
+        if images != list(self.digests):
+            raise ValueError("the two files are of different runs")
         for name, table, kind in (
             ("detections", self.detections, Detections),
             ("candidates", self.candidates, Candidates),

@@ -1,0 +1,275 @@
+"""``align``: exit status, what it writes, and one line for every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from alignment.cli import app
+from alignment.data.synthetic import synthetic_root
+from alignment.results import SCHEMA_VERSION, Alignment
+from alignment.variant import ZOO, golden_dir
+
+CHECKPOINT = golden_dir() / "checkpoints" / "yolov8_embedded.pth"
+RUN = ["run", "yolov8_embedded", "--backend", "torch,onnxruntime", "--images", "6"]
+
+
+def align(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def needs_mmyolo() -> None:
+    pytest.importorskip("mmyolo")
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_an_aligned_run_exits_0_and_leaves_a_whole_run_folder(tmp_path):
+    result = align(*RUN, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "run" / "alignment.json").read_text())
+    assert content["schema_version"] == SCHEMA_VERSION
+    run = Alignment.model_validate(content)
+    assert [c.case.id for c in run.cases] == ["yolov8_embedded-torch-fp32", "yolov8_embedded-onnxruntime-fp32"]
+    assert [(c.status, c.images) for c in run.cases] == [("pass", 6)] * 2
+    assert run.aligned
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "yolov8_embedded-onnxruntime-fp32" in page
+    pictures = {w.picture for c in run.cases for w in c.worst}
+    assert pictures
+    assert all((tmp_path / "run" / name).is_file() for name in pictures if name)
+    assert "bare inference" in result.stdout
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_a_misalignment_exits_1_and_is_named(tmp_path):
+    case = "yolov8_embedded-onnxruntime-fp32"
+    tolerances = {"boxes": {"value": 1e-12, "origin": "absurd"}}
+    golden = {"variant": "yolov8_embedded", "cases": {case: {"tolerances": tolerances}}}
+    (tmp_path / "yolov8_embedded.yaml").write_text(yaml.safe_dump(golden))
+    result = align(*RUN, "--golden", tmp_path, "--out", tmp_path / "run")
+    assert result.exit_code == 1, result.output
+    run = Alignment.model_validate_json((tmp_path / "run" / "alignment.json").read_text())
+    assert {c.case.id: c.first_difference for c in run.cases} == {case: "decoded", "yolov8_embedded-torch-fp32": None}
+    assert not run.aligned
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_strict_fails_what_cannot_be_run_and_without_it_that_is_a_skip(tmp_path):
+    from alignment.engine import capabilities
+
+    if capabilities.missing() is None:
+        pytest.skip("TensorRT runs here")
+    command = ("run", "yolov8_embedded", "--backend", "tensorrt", "--images", "2", "--golden", tmp_path)
+    assert align(*command).exit_code == 0
+    assert align(*command, "--strict").exit_code == 1
+
+
+def variant_file(folder: Path, edit: Callable[[dict], object] = lambda fields: None) -> Path:
+    """The embedded variant, but with images given by ``--data``, changed by `edit`."""
+    fields = yaml.safe_load((ZOO / "yolov8_embedded.yaml").read_text())
+    fields.update(name="planted", dataset="coco")
+    fields["source"]["checkpoint"] = str(CHECKPOINT)
+    edit(fields)
+    path = folder / "planted.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def dataset(folder: Path) -> Path:
+    """A copy of the first three images of the synthetic set."""
+    source, root = synthetic_root(), folder / "data"
+    truth = json.loads((source / "annotations" / "instances_val2017.json").read_text())
+    truth["images"] = truth["images"][:3]
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] <= 3]
+    for name in ("annotations", "val2017"):
+        (root / name).mkdir(parents=True)
+    for image in truth["images"]:
+        shutil.copy(source / "val2017" / image["file_name"], root / "val2017")
+    write_truth(root, truth)
+    return root
+
+
+def truth_path(root: Path) -> Path:
+    return root / "annotations" / "instances_val2017.json"
+
+
+def write_truth(root: Path, truth: dict) -> None:
+    truth_path(root).write_text(json.dumps(truth))
+
+
+def checkpoint(content: Callable[[Path], object]) -> Callable[[Path, Path], list[object]]:
+    """A run whose checkpoint is what `content` writes."""
+
+    def arguments(folder: Path, root: Path) -> list[object]:
+        path = folder / "weights.pth"
+        content(path)
+        planted = variant_file(folder, lambda fields: fields["source"].update(checkpoint=str(path)))
+        return ["run", planted, "--data", root]
+
+    return arguments
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(CHECKPOINT.read_bytes()[:20_000])
+
+
+def of_another_model(path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"state_dict": torch.nn.Linear(3, 4).state_dict()}, path)
+
+
+def data(change: Callable[[Path], object]) -> Callable[[Path, Path], list[object]]:
+    """A run on a dataset that `change` spoiled."""
+
+    def arguments(folder: Path, root: Path) -> list[object]:
+        change(root)
+        return ["run", variant_file(folder), "--data", root]
+
+    return arguments
+
+
+def third_image(root: Path) -> Path:
+    return sorted((root / "val2017").iterdir())[2]
+
+
+def edit_truth(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        truth = json.loads(truth_path(root).read_text())
+        change(truth)
+        write_truth(root, truth)
+
+    return edit
+
+
+def seven_classes(folder: Path, root: Path) -> list[object]:
+    return ["run", variant_file(folder, lambda fields: fields.update(classes=7)), "--data", root]
+
+
+def bad_golden(folder: Path, root: Path) -> list[object]:
+    (folder / "planted.yaml.d").mkdir()
+    (folder / "planted.yaml.d" / "planted.yaml").write_text("cases: [")
+    return ["run", variant_file(folder), "--data", root, "--golden", folder / "planted.yaml.d"]
+
+
+# What to run, given a folder and a dataset in it, and what the message must name.
+BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
+    "unknown variant": (lambda *_: ["run", "yolov9000"], "yolov8_embedded"),
+    "no YAML file": (lambda folder, _: ["run", folder / "none.yaml"], "none.yaml"),
+    "unknown backend": (lambda *_: ["run", "yolov8_embedded", "--backend", "torch,tpu"], "torch, onnxruntime"),
+    "unknown precision": (lambda *_: ["run", "yolov8_embedded", "--precision", "fp4"], "fp32"),
+    "missing checkpoint": (checkpoint(lambda path: None), "weights.pth"),
+    "empty checkpoint": (checkpoint(lambda path: path.write_bytes(b"")), "weights.pth"),
+    "truncated checkpoint": (checkpoint(truncated), "weights.pth"),
+    "state dict of another model": (checkpoint(of_another_model), "weights.pth"),
+    "corrupt image": (data(lambda root: third_image(root).write_bytes(b"\x89PNG\r\n\x1a\n no")), "000000000003.png"),
+    "empty image": (data(lambda root: third_image(root).write_bytes(b"")), "an empty file"),
+    "missing image": (data(lambda root: third_image(root).unlink()), "000000000003.png"),
+    "annotations of no image": (data(edit_truth(lambda truth: truth["images"].pop())), "image id 3"),
+    "no annotations": (data(lambda root: truth_path(root).unlink()), "instances_val2017.json"),
+    "truncated annotations": (data(lambda root: truth_path(root).write_text('{"images": [')), "not JSON"),
+    "a class too few": (data(edit_truth(lambda truth: truth["categories"].pop())), "5 categories"),
+    "a class too many": (seven_classes, "7 classes"),
+    "bad golden file": (bad_golden, "planted.yaml"),
+}
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_exits_2_with_one_line_and_leaves_nothing(tmp_path, name):
+    arguments, named = BAD[name]
+    out = tmp_path / "run"
+    command = arguments(tmp_path, dataset(tmp_path))
+    if "--backend" not in command:
+        command += ["--backend", "torch,onnxruntime"]
+    result = align(*command, "--out", out)
+    assert result.exit_code == 2, result.output
+    assert named in result.stderr
+    message = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith(("planted", " "))]
+    assert len(message) == 1, result.stderr
+    assert message[0].startswith("align: ")
+    assert "Traceback" not in result.output
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_a_bad_variant_after_a_good_one_leaves_nothing_either(tmp_path):
+    command = checkpoint(truncated)(tmp_path, dataset(tmp_path))
+    result = align(*RUN, command[1], "--data", command[-1], "--out", tmp_path / "run")
+    assert result.exit_code == 2, result.output
+    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--opset", "9"], "13 to 17"),
+        (["--opset", "18"], "13 to 17"),
+        (["--batch", "0"], "batch 0"),
+        (["--outputs", "masks"], "decoded, raw, both"),
+    ],
+)
+def test_bad_options_of_export_exit_2_and_write_nothing(tmp_path, options, named):
+    result = align("export", "yolov8_embedded", "--out", tmp_path / "onnx", *options)
+    assert result.exit_code == 2, result.output
+    assert named in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "--images", "0"], ["run", "--images", "six"], ["fly"], ["run", "--fast"]]
+)
+def test_wrong_usage_exits_2(arguments):
+    result = align(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_export_writes_the_graph_and_its_node_map(tmp_path):
+    result = align("export", "yolov8_embedded", "--out", tmp_path / "onnx", "--opset", "13", "--batch", "1")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "onnx").iterdir()) == [
+        "yolov8_embedded.node_map.json",
+        "yolov8_embedded.onnx",
+    ]
+
+
+def test_variants_lists_the_zoo():
+    result = align("variants")
+    assert result.exit_code == 0
+    assert all(path.stem in result.stdout for path in ZOO.glob("*.yaml"))
+
+
+def test_doctor_says_what_is_here():
+    result = align("doctor")
+    assert result.exit_code == 0
+    for name in ("python", "onnxruntime", "tensorrt", "records", "cache"):
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["variants"]])
+def test_help_and_lists_import_no_framework(arguments):
+    program = (
+        "import sys; from alignment.cli import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print('imported:', *sorted({'torch', 'mmyolo', 'mmengine', 'tensorrt', 'pycuda'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "imported:"

@@ -1,0 +1,387 @@
+"""The RUN folder and its page: nothing lost on the way, nothing let in from outside, and it works in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import AlignError
+from alignment.report import html
+from alignment.report.run_folder import json_schema, merge, read_run, write_run
+from alignment.results import (
+    SCHEMA_VERSION,
+    Alignment,
+    Box,
+    CaseId,
+    CaseResult,
+    Check,
+    ErrorStats,
+    Scores,
+    StageResult,
+    TensorResult,
+    Timing,
+    WorstImage,
+)
+
+INJECTION = "\"><script>document.title='owned'</script><img src=x onerror=alert(1)>'{{ 7 * 7 }}.jpg"
+
+
+def png(width: int = 8, height: int = 6, grey: int = 90) -> bytes:
+    """A PNG of one grey."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = (b"\0" + bytes([grey]) * width) * height
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def stats(largest: float) -> ErrorStats:
+    return ErrorStats(
+        count=100,
+        max_abs=largest,
+        mean_abs=largest / 9,
+        p99_abs=largest / 2,
+        cosine=1 - 3e-8,
+        sqnr_db=None,
+        nonfinite=1,
+    )
+
+
+def worst(picture: str | None, file_name: str = "000000000139.jpg") -> WorstImage:
+    def box(x: float, matched: bool, name: str = "person") -> Box:
+        return Box(xyxy=(x, 10, x + 80, 200), score=0.2612, label=0, label_name=name, matched=matched)
+
+    return WorstImage(
+        image_id=139,
+        file_name=file_name,
+        width=640,
+        height=480,
+        picture=picture,
+        box_difference=2.934,
+        score_difference=0.01234,
+        agreement=0.9531,
+        reference=[box(20, True), box(300, False, INJECTION)],
+        subject=[box(21, True), box(float("inf"), False)],
+    )
+
+
+def case(identity: str, status: str, **more: object) -> CaseResult:
+    variant, backend, precision = identity.split("-")
+    identified = CaseId(id=identity, variant=variant, backend=backend, precision=precision)
+    return CaseResult.model_validate({"case": identified, "status": status, "reason": f"why {identity}", **more})
+
+
+def failing() -> CaseResult:
+    """A case that fails, with everything that a case can hold."""
+    tensor = TensorResult(
+        name="boxes", unit="px", difference=stats(2.5), reference_error=stats(2.1e-5), subject_error=stats(float("inf"))
+    )
+    checks = [
+        Check(name="boxes", value=2.5, limit="<= 0.01", ok=False, origin=INJECTION),
+        Check(name="scores", value=2.1e-5, limit="<= 0.001", ok=True, origin="measured"),
+    ]
+    return case(
+        "yolov8_n-tensorrt-fp16",
+        "fail",
+        reference="yolov8_n-torch-fp32",
+        first_difference="decoded",
+        wrong_side="subject",
+        replayed=True,
+        images=128,
+        stages=[
+            StageResult(name="decoded", status="fail", checks=checks, tensors=[tensor]),
+            StageResult(name="map", status="not_checked", note="no ground truth"),
+        ],
+        scores=Scores(reference_ap=0.3712, subject_ap=0.3698, subject_ap50=0.52),
+        timing=Timing(inference_s=1.6, images=128),
+        worst=[worst("pictures/a.png", INJECTION), worst("pictures/missing.png"), worst(None), worst("../secret.png")],
+        warnings=[INJECTION],
+        provenance={"tensorrt": "10.3.0", "flags": ["fp16", INJECTION], "build": {"opset": 17, "strict": False}},
+    )
+
+
+@pytest.fixture
+def alignment() -> Alignment:
+    return Alignment(
+        created="2025-06-01T12:00:00+00:00",
+        command=f"align run {INJECTION}",
+        machine={"gpu": None, INJECTION: [1, 2]},
+        dataset={"name": "embedded", "images": 128},
+        timing={"images_s": 12.3},
+        cases=[
+            case("rtmdet_t-onnxruntime-fp32", "pass", scores=Scores(subject_ap=0.4, subject_ap50=0.6)),
+            failing(),
+            case(
+                "yolov8_n-onnxruntime-fp32", "pass", timing=Timing(inference_s=0.5, images=128), worst=[worst("b.png")]
+            ),
+            case("yolox_n-tensorrt-int8", "skip"),
+        ],
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, alignment: Alignment) -> Path:
+    """A RUN folder, with a picture beside it that no page may take."""
+    run = tmp_path / "run"
+    (run / "pictures").mkdir(parents=True)
+    (run / "pictures/a.png").write_bytes(png(grey=90))
+    (run / "b.png").write_bytes(png(grey=120))
+    (tmp_path / "secret.png").write_bytes(png(grey=200))
+    write_run(alignment, run)
+    return run
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture
+def page(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_round_trip_keeps_everything(folder: Path, alignment: Alignment) -> None:
+    assert read_run(folder) == alignment
+
+
+def test_json_is_strict_and_pretty(folder: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (folder / "alignment.json").read_text(encoding="utf-8")
+    content = json.loads(text, parse_constant=refuse)
+    assert content["schema_version"] == SCHEMA_VERSION
+    assert text.startswith('{\n  "schema_version"')
+    assert text.endswith("}\n")
+
+
+def test_schema_describes_the_file(folder: Path) -> None:
+    schema = json_schema()
+    content = json.loads((folder / "alignment.json").read_text(encoding="utf-8"))
+    json.dumps(schema)
+    assert set(content) == set(schema["properties"])
+    assert set(content["cases"][1]) == set(schema["$defs"]["CaseResult"]["properties"])
+    assert schema["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+
+
+def test_a_failed_write_leaves_the_old_run(folder: Path, alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+    def broken(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text.encode(encoding)[:20])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_run(alignment, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "does not exist"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "has no schema_version"),
+        (b'{"schema_version": 2}', "has schema_version 2"),
+        (b'{"schema_version": 1, "created": "", "command": "", "cases": [{"case": 1}]}', r"cases\.0\.case"),
+        (b'{"schema_version": 1, "created": "", "command": "", "new": 1}', "new: Extra inputs"),
+    ],
+)
+def test_errors_name_the_file_and_the_mend(tmp_path: Path, content: bytes | None, complaint: str) -> None:
+    if content is not None:
+        (tmp_path / "alignment.json").write_bytes(content)
+    with pytest.raises(AlignError, match=complaint) as caught:
+        read_run(tmp_path)
+    assert str(tmp_path / "alignment.json") in caught.value.what
+    assert caught.value.mend
+
+
+def test_merge_orders_cases_and_keeps_the_last() -> None:
+    first = Alignment(created="1", command="a", timing={"x": 1, "y": 1}, cases=[case("b-torch-fp32", "fail")])
+    second = Alignment(
+        created="2",
+        command="b",
+        dataset={"images": 4},
+        timing={"y": 2},
+        cases=[case("b-torch-fp32", "pass"), case("a-torch-fp32", "skip")],
+    )
+    merged = merge([first, second])
+    assert [(c.case.id, c.status) for c in merged.cases] == [("a-torch-fp32", "skip"), ("b-torch-fp32", "pass")]
+    assert (merged.created, merged.command, merged.dataset) == ("1", "a", {"images": 4})
+    assert merged.timing == {"x": 1, "y": 2}
+    assert first.timing == {"x": 1, "y": 1}
+
+
+def test_merge_of_nothing_is_an_error() -> None:
+    with pytest.raises(AlignError, match="no results"):
+        merge([])
+
+
+def test_every_case_is_one_section_with_a_link(page: Page, alignment: Alignment) -> None:
+    expected = sorted(result.case.id for result in alignment.cases)
+    sections = [section["id"] or "" for section in page.all("section")]
+    assert sorted(identity for identity in sections if identity != "report-run") == expected
+    links = [link["href"] for link in page.all("a")]
+    assert all(links.count(f"#{identity}") == 1 for identity in expected)
+
+
+def test_failing_cases_come_first(page: Page) -> None:
+    assert page.all("section")[0]["id"] == "yolov8_n-tensorrt-fp16"
+
+
+def test_page_needs_nothing_from_outside(folder: Path, page: Page) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.sub(r"http://www\.w3\.org/[\w/]+", "", text).find("://") == -1
+    sources = [attributes.get(name) for _, attributes in page.elements for name in ("src", "href")]
+    assert all(source.startswith(("#", "data:")) for source in sources if source)
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_text_from_results_stays_text(page: Page) -> None:
+    assert len(page.all("script")) == 1
+    assert not page.all("img")
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_pictures_are_embedded_once_and_only_from_the_run_folder(page: Page) -> None:
+    embedded = {picture["id"]: picture["href"] or "" for picture in page.all("image")}
+    assert len(embedded) == 2
+    assert all(uri.startswith("data:image/png;base64,") for uri in embedded.values())
+    assert {use["href"] for use in page.all("use")} == {f"#{name}" for name in embedded}
+
+
+def test_what_is_missing_is_said(folder: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    for words in ("no such picture in the run folder: pictures/missing.png", "no picture stored", "no ground truth"):
+        assert words in text
+    assert "no such picture in the run folder: ../secret.png" in text
+    assert "(1 box not drawn: not finite)" in text
+
+
+def test_ids_are_unique_and_tables_have_scopes(page: Page) -> None:
+    identities = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    assert all("scope" in head for head in page.all("th"))
+
+
+@pytest.mark.parametrize(
+    ("statuses", "verdict", "summary"),
+    [
+        (["fail", "pass"], "Not aligned", "1 of 2 cases fails"),
+        (["pass", "skip"], "Aligned", "1 of 2 cases passes"),
+        (["pass"], "Aligned", "1 of 1 case passes"),
+        (["skip"], "Nothing checked", "every case was skipped"),
+        ([], "Nothing checked", "the run holds no case"),
+    ],
+)
+def test_headline(statuses: list[str], verdict: str, summary: str, tmp_path: Path) -> None:
+    cases = [case(f"m{index}-torch-fp32", status) for index, status in enumerate(statuses)]
+    run = Alignment(created="", command="", cases=cases)
+    assert html.headline(run) == (verdict, summary)
+    assert f"<h1>{verdict}</h1>" in html.render(run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (html.number(None), "-"),
+        (html.number(0.0), "0"),
+        (html.number(0.01234), "0.0123"),
+        (html.number(2.1e-5), "2.1e-05"),
+        (html.number(-12.34), "-12.3"),
+        (html.number(1234.5), "1234"),
+        (html.number(float("inf")), "inf"),
+        (html.precise(0.01004), "0.01004"),
+        (html.cosine(1 - 3e-8), "1 - 3.0e-08"),
+        (html.cosine(1.0), "1.000000"),
+        (html.decibel(None), "-"),
+        (html.signed(-0.0014), "-0.0014"),
+        (html.signed(2e-5), "+2.0e-05"),
+        (html.key(None), ""),
+    ],
+)
+def test_numbers_read_well(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def browse(page: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page after its script ran, and what the browser's console complains of."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    quiet = ["gpu", "quic", "background-networking", "component-update", "sync"]
+    options = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    command = [chromium, *options, f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+#: Uses the page as a person would and leaves what it saw in the DOM.
+USE = """
+const rows = () => [...document.querySelectorAll(".cases tbody")].filter((group) => !group.hidden)
+  .map((group) => group.querySelector("th").textContent).join(" ");
+const heads = [...document.querySelectorAll(".cases thead th")];
+const sort = (name) => heads.find((head) => head.textContent === name).querySelector("button").click();
+const seen = document.body.dataset;
+sort("Case"); seen.up = rows();
+sort("Case"); seen.down = rows(); seen.aria = heads[1].getAttribute("aria-sort");
+sort("ms per image"); seen.fast = rows();
+document.querySelector("[data-choice=pass]").click(); seen.pass = rows();
+const find = document.querySelector("input"); find.value = "RTMDET"; find.dispatchEvent(new Event("input"));
+seen.found = rows(); seen.shown = document.querySelector(".shown").textContent;
+"""
+
+
+def test_browser_runs_the_page_without_complaint(folder: Path, tmp_path: Path) -> None:
+    dom, console = browse(folder / "report.html", tmp_path / "profile")
+    root = Page(dom)
+    assert console == []
+    assert root.all("html")[0].get("data-script") == "ran"
+    assert "hidden" not in next(div for div in root.all("div") if div.get("class") == "toolbar")
+    assert "owned" not in dom.split("</title>")[0]
+
+
+def test_browser_sorts_and_filters(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    opened = re.sub(r"<meta http-equiv.*?>", "", text, count=1).replace("</body>", f"<script>{USE}</script></body>")
+    (folder / "used.html").write_text(opened, encoding="utf-8")
+    dom, console = browse(folder / "used.html", tmp_path / "profile")
+    seen = Page(dom).all("body")[0]
+    rtmdet, onnx, tensorrt, skipped = (
+        "rtmdet_t-onnxruntime-fp32",
+        "yolov8_n-onnxruntime-fp32",
+        "yolov8_n-tensorrt-fp16",
+        "yolox_n-tensorrt-int8",
+    )
+    assert console == []
+    assert seen["data-up"] == f"{rtmdet} {onnx} {tensorrt} {skipped}"
+    assert seen["data-down"] == f"{skipped} {tensorrt} {onnx} {rtmdet}"
+    assert seen["data-aria"] == "descending"
+    assert (seen["data-fast"] or "").startswith(f"{onnx} {tensorrt} ")
+    assert seen["data-pass"] == f"{onnx} {rtmdet}"
+    assert (seen["data-found"], seen["data-shown"]) == (rtmdet, "1 of 4 cases")

@@ -138,6 +138,13 @@ def test_odd_tensors_beside_what_only_the_inert_reader_takes(tmp_path):
     assert_same(checkpoint.load_state_dict(path), {key: value.detach() for key, value in odd.items()})
 
 
+def test_a_tensor_that_is_negated_when_read_is_left_out_rather_than_wrong(tmp_path):
+    negated = torch.tensor([1 + 2j]).conj().imag
+    assert negated.is_neg()
+    path = save(tmp_path / "model.pth", {"negated": negated, "weight": torch.ones(1), "log": np.float32(1)})
+    assert list(checkpoint.load_state_dict(path)) == ["weight"]
+
+
 # ---- nothing is executed ----
 
 
@@ -235,20 +242,23 @@ def test_an_attack_in_place_of_weights(tmp_path, key):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["torch._utils _rebuild_tensor_v2", "collections OrderedDict", "torch.nn.parameter Parameter", "torch Size"]
-)
-def test_no_attribute_of_anything_is_set(tmp_path, name):
-    module, attribute = name.split()
-    target = getattr(importlib.import_module(module), attribute)
-    # A global, then BUILD with (state, slot state), for which pickle calls setattr(global, "owned", True).
-    program = b"\x80\x02" + f"c{name}\n".replace(" ", "\n").encode() + b"N}X\x05\x00\x00\x00owned\x88s\x86b."
-    path = tmp_path / "model.pth"
+GLOBALS = "torch._utils _rebuild_tensor_v2", "collections OrderedDict", "torch.nn.parameter Parameter", "torch Size"
+
+
+@pytest.mark.parametrize("attribute", ["owned", "_function", "__setitem__", "__call__"])
+@pytest.mark.parametrize("name", GLOBALS)
+def test_no_attribute_of_anything_is_set(tmp_path, name, attribute):
+    target = getattr(importlib.import_module(name.split()[0]), name.split()[1])
+    before = getattr(target, attribute, None)
+    path, good = tmp_path / "model.pth", save(tmp_path / "good.pth", {"state_dict": weights(), "lr": np.float64(1)})
+    # A global, then BUILD with (state, slot state): pickle calls setattr(global, attribute, builtins.print).
+    program = f"c{name}\nN}}V{attribute}\ncbuiltins\nprint\ns\x86b.".replace(" ", "\n").encode("latin-1")
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/data.pkl", program)
+        archive.writestr("model/data.pkl", b"\x80\x02" + program)
         archive.writestr("model/version", "3\n")
     refused(path)
-    assert not hasattr(target, "owned")
+    assert getattr(target, attribute, None) == before
+    assert_same(checkpoint.load_state_dict(good), weights())
 
 
 def test_a_torchscript_archive_is_not_run(tmp_path):

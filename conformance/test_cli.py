@@ -27,6 +27,19 @@ def align(*arguments: object):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+def python(*arguments: str) -> subprocess.CompletedProcess:
+    """A Python of its own, in which this package can be imported."""
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+        check=False,
+    )
+
+
 @pytest.fixture
 def needs_mmyolo() -> None:
     pytest.importorskip("mmyolo")
@@ -77,7 +90,7 @@ def test_strict_fails_what_cannot_be_run_and_without_it_that_is_a_skip(tmp_path)
 def variant_file(folder: Path, edit: Callable[[dict], object] = lambda fields: None) -> Path:
     """The embedded variant, but with images given by ``--data``, changed by `edit`."""
     fields = yaml.safe_load((ZOO / "yolov8_embedded.yaml").read_text())
-    fields.update(name="planted", dataset="coco")
+    fields["dataset"] = "coco"
     fields["source"]["checkpoint"] = str(CHECKPOINT)
     edit(fields)
     path = folder / "planted.yaml"
@@ -156,9 +169,9 @@ def seven_classes(folder: Path, root: Path) -> list[object]:
 
 
 def bad_golden(folder: Path, root: Path) -> list[object]:
-    (folder / "planted.yaml.d").mkdir()
-    (folder / "planted.yaml.d" / "planted.yaml").write_text("cases: [")
-    return ["run", variant_file(folder), "--data", root, "--golden", folder / "planted.yaml.d"]
+    (folder / "golden").mkdir()
+    (folder / "golden" / "yolov8_embedded.yaml").write_text("cases: [")
+    return ["run", variant_file(folder), "--data", root, "--golden", folder / "golden"]
 
 
 # What to run, given a folder and a dataset in it, and what the message must name.
@@ -179,8 +192,15 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "truncated annotations": (data(lambda root: truth_path(root).write_text('{"images": [')), "not JSON"),
     "a class too few": (data(edit_truth(lambda truth: truth["categories"].pop())), "5 categories"),
     "a class too many": (seven_classes, "7 classes"),
-    "bad golden file": (bad_golden, "planted.yaml"),
+    "bad golden file": (bad_golden, "golden/yolov8_embedded.yaml"),
 }
+
+
+def one_line(stderr: str) -> str:
+    """The line that is all of `stderr`, the cleared progress bar aside."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+    return lines[0]
 
 
 @pytest.mark.usefixtures("needs_mmyolo")
@@ -190,15 +210,21 @@ def test_bad_input_exits_2_with_one_line_and_leaves_nothing(tmp_path, name):
     out = tmp_path / "run"
     command = arguments(tmp_path, dataset(tmp_path))
     if "--backend" not in command:
-        command += ["--backend", "torch,onnxruntime"]
+        command += ["--backend", "torch"]
     result = align(*command, "--out", out)
     assert result.exit_code == 2, result.output
     assert named in result.stderr
-    message = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith(("planted", " "))]
-    assert len(message) == 1, result.stderr
-    assert message[0].startswith("align: ")
+    assert one_line(result.stderr).startswith("align: ")
     assert "Traceback" not in result.output
     assert not out.exists() or list(out.iterdir()) == []
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_a_process_of_its_own_says_no_more_than_that_line(tmp_path):
+    command = [str(a) for a in BAD["corrupt image"][0](tmp_path, dataset(tmp_path))]
+    done = python("-m", "alignment.cli", *command, "--backend", "torch")
+    assert done.returncode == 2
+    assert one_line(done.stderr).startswith("align: ")
 
 
 @pytest.mark.usefixtures("needs_mmyolo")
@@ -266,10 +292,6 @@ def test_help_and_lists_import_no_framework(arguments):
         "except SystemExit as end: assert not end.code\n"
         "print('imported:', *sorted({'torch', 'mmyolo', 'mmengine', 'tensorrt', 'pycuda'} & set(sys.modules)))"
     )
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
+    done = python("-c", program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].strip() == "imported:"

@@ -84,10 +84,7 @@ def random_rotated(count, seed, span=100.0):
 @CHEAP
 @given(rotated_pairs(), st.sampled_from(["iou", "iof"]))
 def test_rotated_iou_equals_shapely(pair, mode):
-    overlap = rotated_iou(*pair, mode)[0]
-    assert overlap == pytest.approx(shapely_iou(*pair, mode), abs=1e-9)
-    if polygon(pair[0]).distance(polygon(pair[1])) > 1e-9:
-        assert overlap == 0, "boxes apart overlap by exactly nothing"
+    assert rotated_iou(*pair, mode)[0] == pytest.approx(shapely_iou(*pair, mode), abs=1e-9)
 
 
 @CHEAP
@@ -134,6 +131,19 @@ def test_rotated_iou_has_no_unit(pair, exponent):
     scaled = [box * scale for box in pair]
     assume(all(box[2] * box[3] > 1e-13 for box in (*pair, *scaled)))
     assert rotated_iou(*scaled)[0] == pytest.approx(rotated_iou(*pair)[0], abs=1e-9)
+
+
+@pytest.mark.parametrize("span", [100, 300])
+def test_rotated_boxes_apart_overlap_by_exactly_nothing(span):
+    first, second = random_rotated(2000, 7, span), random_rotated(2000, 8, span)
+    apart = [polygon(a).disjoint(polygon(b)) for a, b in zip(first, second, strict=True)]
+    assert not rotated_iou(first, second)[apart].any()
+
+
+def test_rotated_iou_of_many_small_boxes_far_away():
+    boxes = random_rotated(40, 9) * [1e-4, 1e-4, 1e-4, 1e-4, 1] + [1e6, 1e6, 0, 0, 0]
+    pairs = np.repeat(boxes, 40, axis=0), np.tile(boxes, (40, 1))
+    np.testing.assert_array_equal(rotated_iou(boxes, boxes, aligned=False).ravel(), rotated_iou(*pairs))
 
 
 def test_rotated_iou_in_chunks_and_in_float32(monkeypatch):

@@ -25,6 +25,7 @@ def require_mmyolo() -> None:
 
     mmcv_finder.install()
     warnings.filterwarnings("ignore", module="mmengine|mmcv|mmdet|mmyolo")
+    warnings.filterwarnings("ignore", message="torch.meshgrid")  # mmdet's call, but it is blamed on torch
     try:
         for module in ("mmdet.evaluation", "mmyolo.models", "mmyolo.datasets", "mmyolo.engine", "mmyolo.utils"):
             importlib.import_module(module)

@@ -1,0 +1,125 @@
+"""The suite itself, run as a user runs it: workers change nothing, ``--strict`` fails skips, golden files are written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignment.engine import capabilities
+from alignment.results import Alignment, CaseResult
+
+ROOT = Path(__file__).parent.parent
+TORCH, ORT, TRT = (f"yolov8_embedded-{backend}-fp32" for backend in ("torch", "onnxruntime", "tensorrt"))
+
+
+def suite(*options: object) -> subprocess.CompletedProcess:
+    """``pytest -m fp32_alignment`` on six images of the embedded variant, with a golden folder that holds nothing."""
+    pytest.importorskip("mmyolo")
+    command = [sys.executable, "-m", "pytest", str(ROOT / "conformance" / "test_fp32_alignment.py"), "-q", "-rs"]
+    command += ["-m", "fp32_alignment", "--variant", "yolov8_embedded", "--images", "6", "-p", "no:cacheprovider"]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run(
+        [*command, *map(str, options)],
+        cwd=ROOT,
+        env=inherited,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def numbers(case: CaseResult) -> dict:
+    """All that does not depend on the clock."""
+    return case.model_dump(exclude={"timing", "provenance", "reference_provenance"})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[int, tuple[subprocess.CompletedProcess, Path]]:
+    """The suite without workers and with two."""
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "golden").mkdir()
+    done = {}
+    for workers in (0, 2):
+        out = folder / f"n{workers}"
+        done[workers] = suite("-n", workers, "--report", out, "--golden", folder / "golden"), out
+    return done
+
+
+def test_two_workers_find_what_none_finds(runs):
+    results = []
+    for done, out in runs.values():
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (out / "report.html").is_file()
+        results.append(Alignment.model_validate_json((out / "alignment.json").read_text()))
+    alone, shared = results
+    assert {c.case.id for c in alone.cases} == {TORCH, ORT, TRT}
+    assert {c.case.id: c.status for c in alone.cases if c.status != "skip"}.items() >= {
+        TORCH: "pass",
+        ORT: "pass",
+    }.items()
+    assert {c.case.id: numbers(c) for c in shared.cases} == {c.case.id: numbers(c) for c in alone.cases}
+    assert shared.dataset == alone.dataset
+    assert shared.aligned
+    assert alone.aligned
+
+
+def test_the_report_holds_every_picture_that_it_names(runs):
+    for _, out in runs.values():
+        run = Alignment.model_validate_json((out / "alignment.json").read_text())
+        named = {worst.picture for case in run.cases for worst in case.worst}
+        assert named
+        assert {p.relative_to(out).as_posix() for p in (out / "pictures").iterdir()} == named
+
+
+def test_without_a_gpu_and_a_record_tensorrt_is_skipped_with_the_reason(runs):
+    reason = capabilities.missing()
+    if reason is None:
+        pytest.skip("TensorRT runs here")
+    for done, _ in runs.values():
+        assert "2 passed, 1 skipped" in done.stdout
+        assert reason[:40] in done.stdout
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_strict_fails_a_case_that_cannot_be_run(tmp_path, workers):
+    reason = capabilities.missing()
+    if reason is None:
+        pytest.skip("TensorRT runs here")
+    done = suite("-n", workers, "--strict", "--golden", tmp_path, "-k", "tensorrt")
+    assert done.returncode == 1
+    assert "1 failed" in done.stdout
+    assert reason[:40] in done.stdout
+
+
+def test_update_golden_writes_the_file_and_the_next_run_holds_to_it(tmp_path):
+    done = suite("--update-golden", "new machine", "--golden", tmp_path)
+    assert done.returncode == 0, done.stdout
+    path = tmp_path / "yolov8_embedded.yaml"
+    golden = yaml.safe_load(path.read_text())
+    assert set(golden["cases"]) >= {TORCH, ORT}
+    tolerances = golden["cases"][ORT]["tolerances"]
+    assert all("new machine" in tolerance["origin"] for tolerance in tolerances.values())
+    assert golden["cases"][ORT]["ap"]["images"] == 6
+
+    assert suite("--golden", tmp_path, "-k", "onnxruntime").returncode == 0
+    tolerances["boxes"]["value"] = 1e-9
+    golden["cases"][TORCH]["ap"]["value"] += 0.1
+    path.write_text(yaml.safe_dump(golden))
+    failing = suite("--golden", tmp_path)
+    assert failing.returncode == 1
+    assert "2 failed" in failing.stdout
+    assert "differs first at decoded: boxes" in failing.stdout
+    assert "differs first at map: ap" in failing.stdout
+
+
+def test_an_unknown_variant_is_a_usage_error():
+    done = suite("--variant", "yolov9000")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "no variant is named 'yolov9000'" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

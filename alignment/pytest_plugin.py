@@ -7,6 +7,7 @@ in whichever worker asks first.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
     config.stash[_PARTS] = []
+    # One thread a process: the same numbers for any -n, and no workers in each other's way.
+    os.environ.setdefault("ALIGN_THREADS", "1")
     # pytest has a --strict of its own; here it also means that a case that cannot be run fails.  xdist hands the
     # controller's options to its workers.
     given = "--strict" in config.invocation_params.args

@@ -38,6 +38,15 @@ def name_of(options: ExportOptions) -> str:
     return f"opset{options.opset}-batch{options.batch or 'N'}-{options.outputs}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's threads wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Iterator[Path]:
     """A cache of this module's own, so that nothing comes from an older export."""
@@ -130,7 +139,7 @@ def test_the_papers_are_inside(case, variant):
     assert json.loads(papers["preprocess"]) == variant.preprocess.model_dump(mode="json")
     assert json.loads(papers["export"]) == asdict(options)
     assert json.loads(papers["versions"])["torch"] == torch.__version__
-    assert str(Path.home()) not in str(model), "no path of this machine"
+    assert str(variant.weights.parent).encode() not in model.SerializeToString(), "no path of this machine"
 
 
 def test_every_batch_norm_is_folded(case, deployed):
@@ -212,7 +221,7 @@ def test_a_node_map_with_foreign_weights_is_refused(dynamic, deployed):
     model = onnx.load(dynamic.onnx)
     weight = next(i for i in model.graph.initializer if i.name.endswith("stem.conv.weight"))
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 2, weight.name))
-    with pytest.raises(RuntimeError, match="does not hold the weights of module 'model.backbone.stem.conv'"):
+    with pytest.raises(RuntimeError, match=r"does not hold the weights of module 'model\.backbone\.stem\.conv'"):
         build_node_map(model, deployed)
 
 
@@ -229,9 +238,9 @@ def test_the_graph_equals_torch_in_float64(case, detector, deployed, batch):
     unfused = {name: value for name, value in torch64(detector, images).items() if name in found}
     differences = largest(found, unfused)
     assert max(differences.values()) > 0, "fusion rounds"
-    # measured 5e-4 px, 5e-6 and 1e-4
-    limits = {"boxes": 0.005, "scores": 5e-5}
-    assert {n: d for n, d in differences.items() if d > limits.get(n, 1e-3)} == {}
+    # ten times what was measured: 4.1e-5 px, 2.1e-7, 2.6e-6
+    limits = {"boxes": 4e-4, "scores": 2e-6}
+    assert {n: d for n, d in differences.items() if d > limits.get(n, 3e-5)} == {}
 
 
 def test_a_batch_gives_the_same_per_image(dynamic, batch):
@@ -239,9 +248,10 @@ def test_a_batch_gives_the_same_per_image(dynamic, batch):
         together = runner.run(batch)
         alone = [runner.run(image[None]) for image in batch]
     apart = {name: np.concatenate([one[name] for one in alone]) for name in together}
+    # seen equal to the bit; other CPUs may sum in another order
     differences = largest(together, apart)
-    assert differences["boxes"] < 0.01
-    assert differences["scores"] < 5e-5
+    assert differences["boxes"] < 2e-3
+    assert differences["scores"] < 2e-5
     assert np.ptp(together["scores"].max(1), axis=0).max() > 0.1, "the images are not alike"
 
 
@@ -253,8 +263,8 @@ def test_a_fixed_batch_takes_multiples_of_it(cache, variant, dynamic, batch):
         pieces = runner.run(four)
     with OnnxRuntimeRunner(dynamic.onnx) as runner:
         differences = largest(pieces, runner.run(four))
-    assert differences["boxes"] < 0.01
-    assert differences["scores"] < 5e-5
+    assert differences["boxes"] < 2e-3
+    assert differences["scores"] < 2e-5
 
 
 def test_the_second_export_comes_from_the_cache(cache, variant, dynamic, monkeypatch):
@@ -284,8 +294,10 @@ def test_other_weights_or_settings_are_another_export(cache, variant, dynamic, t
 
 
 @pytest.fixture
-def quick(dynamic, monkeypatch) -> None:
-    """Tracing and simplification take what was exported before."""
+def quick(dynamic, detector, deployed, monkeypatch) -> None:
+    """Building, tracing and simplification take what was made before."""
+    monkeypatch.setattr("alignment.models.mmyolo_source.build_detector", lambda variant: detector)
+    monkeypatch.setattr("alignment.models.detector.fused", lambda module: deployed)
     monkeypatch.setattr(onnx_export, "_trace", lambda d, v, o, path: shutil.copyfile(dynamic.onnx, path))
     monkeypatch.setattr(onnx_export, "_simplify", lambda model: model)
 

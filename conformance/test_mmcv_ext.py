@@ -51,17 +51,18 @@ def rotated_pairs(draw):
     return first, np.array(second)
 
 
-def polygon(box):
-    x, y, width, height, angle = (float(value) for value in box)
-    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2, height / 2]
-    return shapely.Polygon(corners @ rotation.T + [x, y])
+def polygons(boxes):
+    """Shapely polygons of (N, 5) rotated boxes."""
+    x, y, width, height, angle = np.asarray(boxes, np.float64).T[..., None]
+    u, v = width / 2 * [-1, 1, 1, -1], height / 2 * [-1, -1, 1, 1]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return shapely.polygons(np.stack([x + cos * u - sin * v, y + sin * u + cos * v], axis=-1))
 
 
 def shapely_iou(first, second, mode="iou"):
     """In coordinates about the first box, so that the oracle loses nothing far from the origin."""
     origin = np.array([*first[:2], 0, 0, 0])
-    a, b = polygon(first - origin), polygon(second - origin)
+    a, b = polygons([first - origin, second - origin])
     common = a.intersection(b).area
     return common / (a.area + b.area - common if mode == "iou" else a.area)
 
@@ -133,10 +134,10 @@ def test_rotated_iou_has_no_unit(pair, exponent):
     assert rotated_iou(*scaled)[0] == pytest.approx(rotated_iou(*pair)[0], abs=1e-9)
 
 
-@pytest.mark.parametrize("span", [100, 300])
-def test_rotated_boxes_apart_overlap_by_exactly_nothing(span):
-    first, second = random_rotated(2000, 7, span), random_rotated(2000, 8, span)
-    apart = [polygon(a).disjoint(polygon(b)) for a, b in zip(first, second, strict=True)]
+def test_rotated_boxes_apart_overlap_by_exactly_nothing():
+    first, second = random_rotated(200_000, 7), random_rotated(200_000, 8)
+    apart = shapely.disjoint(polygons(first), polygons(second))
+    assert 0.5 < apart.mean() < 0.95
     assert not rotated_iou(first, second)[apart].any()
 
 

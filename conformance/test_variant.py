@@ -98,7 +98,11 @@ WRONG = {
     "iou above 1": ("nms.iou_threshold", 1.5, ["nms.iou_threshold", "1", "given: 1.5"]),
     "stride 0": ("source.head.strides", [8, 0], ["source.head.strides.1", "greater than 0"]),
     "name with a slash": ("name", "a/b", ["name", "'a/b'"]),
-    "variable that is not set": ("source.file", "${NOT_SET_ANYWHERE}/x.onnx", ["source", "NOT_SET_ANYWHERE", "not set"]),
+    "variable that is not set": (
+        "source.file",
+        "${NOT_SET_ANYWHERE}/x.onnx",
+        ["source", "NOT_SET_ANYWHERE", "not set"],
+    ),
 }
 
 
@@ -189,7 +193,8 @@ def test_each_change_has_its_own_fingerprint():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("name", "other"), ("notes", "hm"), ("source.file", "/elsewhere/x.onnx"), ("dataset", "synthetic")]
+    ("field", "value"),
+    [("name", "other"), ("notes", "hm"), ("source.file", "/elsewhere/x.onnx"), ("dataset", "synthetic")],
 )
 def test_the_fingerprint_ignores_names_notes_and_places(field, value):
     assert make(field, value).fingerprint() == Variant.model_validate(GOOD).fingerprint()

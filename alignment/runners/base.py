@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
+
+from alignment.errors import AlignError
+
+
+def cpu_threads() -> int | None:
+    """Threads that a CPU backend may use (``ALIGN_THREADS``); None leaves it to the backend.
+
+    The number decides in which order sums are made, so results are the same to the bit only for the same number.
+
+    Raises:
+        AlignError: when the variable is not a positive number.
+    """
+    text = os.environ.get("ALIGN_THREADS")
+    if text is None:
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise AlignError(f"ALIGN_THREADS={text}: not a number of threads", "give 1 or more, or unset it")
+    return int(text)
 
 
 class Runner(ABC):

@@ -8,7 +8,7 @@ import numpy as np
 
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
-from alignment.runners.base import Runner
+from alignment.runners.base import Runner, cpu_threads
 
 
 class OnnxRuntimeRunner(Runner):
@@ -28,6 +28,7 @@ class OnnxRuntimeRunner(Runner):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = cpu_threads() or 0
         level = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         try:
@@ -47,6 +48,7 @@ class OnnxRuntimeRunner(Runner):
             "onnxruntime": onnxruntime.__version__,
             "providers": self._session.get_providers(),
             "graph_optimization": optimize,
+            "threads": cpu_threads() or "all",
             "onnx_sha256": file_digest(path),
         }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from alignment.export.onnx_export import file_digest
-from alignment.runners.base import Runner
+from alignment.runners.base import Runner, cpu_threads
 from alignment.variant import Variant
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class TorchRunner(Runner):
 
             detector = build_detector(variant)
         self.detector = detector if dtype == "float32" else copy.deepcopy(detector).double()
+        if threads := cpu_threads():
+            torch.set_num_threads(threads)
         self._dtype = getattr(torch, dtype)
         self.warnings = []
         self.provenance = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -53,9 +54,11 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock between processes that belongs to the artefact `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(path) + ".lock"):
+    """Holds the lock between processes that belongs to the artefact `path`; it lies in the cache, not beside it."""
+    folder = cache_dir() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    with FileLock(folder / f"{path.name}-{digest}.lock"):
         yield
 
 

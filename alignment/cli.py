@@ -6,8 +6,11 @@ Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +23,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -35,7 +37,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Data = Annotated[Path | None, typer.Option(help="COCO-layout root; default $ALIGN_DATA/coco")]
+Data = Annotated[Path | None, typer.Option(help="COCO-layout root, for variants on COCO; default $ALIGN_DATA/coco")]
 Images = Annotated[int | None, typer.Option(min=1, help="the first so many images only")]
 Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
 
@@ -83,28 +85,26 @@ def run(
     from alignment.report.run_folder import write_run
 
     folder = golden or golden_dir()
-    options = session.SessionOptions(data, images, RunOptions(golden=folder, out=out_dir, records=records))
     chosen = [load_variant(name) for name in variants] if variants else embedded()
     plan = [(v, cases_of(v, _split(backend), _split(precision))) for v in chosen]
-    for variant, cases in plan:
-        session.require(variant, cases, options)
-    alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
-    for variant, cases in plan:
-        with _progress() as bar:
-            task = bar.add_task(variant.name, total=None)
-
-            def show(_: Variant, done: int, total: int, task: TaskID = task, bar: Progress = bar) -> None:
-                bar.update(task, completed=done, total=total)
-
-            results, seconds, dataset = session.run_cases(variant, cases, options, show)
-        session.add_results(alignment, variant, results, seconds, dataset)
-        if update_golden:
-            for result in (r for r in results if r.status != "skip"):
-                out.print(f"wrote {update(folder, result, dataset, update_golden)}", markup=False)
-    _print_results(alignment)
-    if out_dir:
-        write_run(alignment, out_dir)
-        out.print(f"report: {out_dir / 'report.html'}", markup=False)
+    with tempfile.TemporaryDirectory(prefix="align-run-") as staging:
+        options = session.SessionOptions(data, images, RunOptions(golden=folder, out=Path(staging), records=records))
+        for variant, cases in plan:
+            session.require(variant, cases, options)
+        alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
+        for variant, cases in plan:
+            with _progress(variant.name) as show:
+                results, seconds, dataset = session.run_cases(variant, cases, options, show)
+            session.add_results(alignment, variant, results, seconds, dataset)
+            for result in results:
+                if update_golden and result.status != "skip":
+                    out.print(f"wrote {update(folder, result, dataset, update_golden)}", markup=False)
+        _print_results(alignment)
+        if out_dir:
+            # Pictures leave the staging folder only now: a run that fails on its way leaves nothing behind.
+            shutil.copytree(staging, out_dir, dirs_exist_ok=True)
+            write_run(alignment, out_dir)
+            out.print(f"report: {out_dir / 'report.html'}", markup=False)
     failed = any(c.status == "fail" or (strict and c.status == "skip") for c in alignment.cases)
     raise typer.Exit(1 if failed else 0)
 
@@ -218,17 +218,13 @@ class _Rate(ProgressColumn):
         return f"{task.speed:.1f} images/s" if task.speed else ""
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-    )
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left; gives the function that moves it: images done, images in all."""
+    columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=err, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_results(alignment: Alignment) -> None:

@@ -174,9 +174,9 @@ def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> Golde
 def _limit(name: Quantity, value: float) -> tuple[float, str]:
     """The limit that follows from a measured value, and how."""
     if name == "agreement":
-        return round(
-            1 - max(FACTOR * (1 - value), MIN_LOSS), 5
-        ), f"measured {value:.5g}, loss × {FACTOR:g}, >= {MIN_LOSS}"
+        return max(0.0, round(1 - max(FACTOR * (1 - value), MIN_LOSS), 5)), (
+            f"measured {value:.5g}, loss × {FACTOR:g}, >= {MIN_LOSS}"
+        )
     if name == "delta_ap":
         return float(
             f"{max(FACTOR * value, MIN_DELTA_AP):.2g}"

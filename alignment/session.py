@@ -20,7 +20,7 @@ from alignment.replay import has_record, replay
 from alignment.results import Alignment, CaseResult
 from alignment.variant import Variant
 
-Progress = Callable[[Variant, int, int], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_cases(
         assert samples is not None
         count = len(samples)
         done, seconds = align_live(
-            variant, live, samples, options.run, (lambda n: progress(variant, n, count)) if progress else None
+            variant, live, samples, options.run, (lambda n: progress(n, count)) if progress else None
         )
         results.update(zip(live, done, strict=True))
     for case in recorded:

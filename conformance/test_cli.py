@@ -228,7 +228,6 @@ def test_a_process_of_its_own_says_no_more_than_that_line(tmp_path):
     assert one_line(done.stderr).startswith("align: ")
 
 
-@pytest.mark.xfail(strict=True, reason="pictures are written as soon as the first variant is judged")
 @pytest.mark.usefixtures("needs_mmyolo")
 def test_a_bad_variant_after_a_good_one_leaves_nothing_either(tmp_path):
     command = checkpoint(truncated)(tmp_path, dataset(tmp_path))

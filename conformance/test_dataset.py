@@ -249,7 +249,8 @@ def test_the_set_is_drawn_once_whole_or_not_at_all(tmp_path, monkeypatch):
         patch.setattr(cv2, "imwrite", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             synthetic_root()
-    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+    assert list(tmp_path.glob("*synthetic*/")) == []
     root = synthetic_root()
     assert len(CocoDataset.open(root).images) == 2
     assert len(CocoDataset.open(root, "train2017").images) == 1

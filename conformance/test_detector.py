@@ -368,8 +368,8 @@ def test_candidates_are_those_of_mmdet():
     from mmdet.models.utils import filter_scores_and_topk
 
     scores = np.random.default_rng(3).permutation(900).astype(np.float32).reshape(150, 6) / 900
-    scores[::7] = 0.5  # exactly the threshold: not a candidate
-    values, labels, rows, _ = filter_scores_and_topk(torch.from_numpy(scores), 0.5, 100)
-    found = candidates(scores, Nms(score_threshold=0.5, nms_pre=100))
+    scores[::7] = 0.5  # exactly the threshold: no candidates
+    values, labels, rows, _ = filter_scores_and_topk(torch.from_numpy(scores), 0.5, 500)
+    found = candidates(scores, Nms(score_threshold=0.5, nms_pre=500))
     for ours, theirs in zip(found, (rows, labels, values), strict=True):
         np.testing.assert_array_equal(ours, theirs.numpy())

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from alignment.data.preprocess import Transform, preprocess
@@ -182,6 +182,8 @@ sides = st.one_of(st.integers(1, 4), st.integers(1, 700))
 
 
 @settings(max_examples=150, deadline=None)
+@example(shape=(700, 1), size=InputSize(height=128, width=256), resize="letterbox")
+@example(shape=(700, 1), size=InputSize(height=128, width=256), resize="letterbox_top_left")
 @given(
     shape=st.tuples(sides, sides),
     size=st.builds(InputSize, height=multiples_of_32, width=multiples_of_32),

@@ -208,7 +208,6 @@ def test_a_failed_write_leaves_the_old_run(folder: Path, alignment: Alignment, m
         (b"[]", "has no schema_version"),
         (b'{"schema_version": 2}', "has schema_version 2"),
         (b'{"schema_version": 1, "created": "", "command": "", "cases": [{"case": 1}]}', r"cases\.0\.case"),
-        (b'{"schema_version": 1, "created": "", "command": "", "new": 1}', "new: Extra inputs"),
     ],
 )
 def test_errors_name_the_file_and_the_mend(tmp_path: Path, content: bytes | None, complaint: str) -> None:
@@ -220,18 +219,29 @@ def test_errors_name_the_file_and_the_mend(tmp_path: Path, content: bytes | None
     assert caught.value.mend
 
 
+def test_a_field_of_a_later_release_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "alignment.json").write_text('{"schema_version": 1, "created": "x", "command": "", "later": 1}')
+    assert read_run(tmp_path).created == "x"
+
+
 def test_merge_orders_cases_and_keeps_the_last() -> None:
-    first = Alignment(created="1", command="a", timing={"x": 1, "y": 1}, cases=[case("b-torch-fp32", "fail")])
+    first = Alignment(
+        created="1",
+        command="a",
+        dataset={"b": {"images": 4}},
+        timing={"x": 1, "y": 1},
+        cases=[case("b-torch-fp32", "fail")],
+    )
     second = Alignment(
         created="2",
         command="b",
-        dataset={"images": 4},
+        dataset={"a": {"images": 8}},
         timing={"y": 2},
         cases=[case("b-torch-fp32", "pass"), case("a-torch-fp32", "skip")],
     )
     merged = merge([first, second])
     assert [(c.case.id, c.status) for c in merged.cases] == [("a-torch-fp32", "skip"), ("b-torch-fp32", "pass")]
-    assert (merged.created, merged.command, merged.dataset) == ("1", "a", {"images": 4})
+    assert (merged.created, merged.command, merged.dataset) == ("1", "a", {"b": {"images": 4}, "a": {"images": 8}})
     assert merged.timing == {"x": 1, "y": 2}
     assert first.timing == {"x": 1, "y": 1}
 

@@ -73,8 +73,8 @@ def merge(parts: list[Alignment]) -> Alignment:
     """Joins what the workers of one run found.
 
     Cases are ordered by id, and of a case that occurs twice the last one counts.  `created`, `command` and `machine`
-    are those of the first part, `dataset` is the first that is not empty, and `timing` is the union, where a later
-    part replaces a key of an earlier one.
+    are those of the first part, `dataset` and `timing` are unions, where a later part replaces a
+    key of an earlier one.
 
     Raises:
         AlignError: there is no part.
@@ -90,7 +90,7 @@ def merge(parts: list[Alignment]) -> Alignment:
         created=parts[0].created,
         command=parts[0].command,
         machine=parts[0].machine,
-        dataset=next((part.dataset for part in parts if part.dataset), {}),
+        dataset={name: value for part in parts for name, value in part.dataset.items()},
         timing=timing,
         cases=[cases[name] for name in sorted(cases)],
     )

@@ -20,7 +20,7 @@ from alignment.data.samples import Sample, Samples
 from alignment.golden import limits, read_golden
 from alignment.models.outputs import Outputs, to_outputs
 from alignment.nms.multiclass import Detections, postprocess
-from alignment.results import Box, CaseResult, Scores, StageName, StageResult, Timing, WorstImage
+from alignment.results import Box, CaseResult, Scores, Timing, WorstImage
 from alignment.runners.base import Runner
 from alignment.runners.open import open_referee, open_runner
 from alignment.runners.record import Record
@@ -287,8 +287,3 @@ def _write_picture(pixels: np.ndarray, path: Path) -> None:
 def skipped(case: Case, reason: str) -> CaseResult:
     """The result of a case that cannot be run or replayed here."""
     return CaseResult(case=case.result_id(), status="skip", reason=reason)
-
-
-def stage(stages: list[StageResult], name: StageName) -> StageResult:
-    """The stage of that name."""
-    return next(s for s in stages if s.name == name)

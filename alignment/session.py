@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment import __version__
-from alignment.case import Case, reference_of
+from alignment.case import Case
 from alignment.data.samples import Samples, dataset_root, open_samples
 from alignment.engine import capabilities
 from alignment.errors import AlignError
@@ -119,9 +119,3 @@ def add_results(
     alignment.timing |= {f"{variant.name}.{key}": round(value, 4) for key, value in seconds.items()}
     if dataset:
         alignment.dataset[variant.name] = dataset
-
-
-def reference_first(variant: Variant, cases: list[Case]) -> list[Case]:
-    """The cases with the reference's own in front, when it is among them."""
-    reference = reference_of(variant)
-    return sorted(cases, key=lambda case: case != reference)

@@ -54,10 +54,16 @@ def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | No
         status: Literal["pass", "fail", "not_checked"] = "not_checked"
         if checks[name]:
             status = "pass" if all(c.ok for c in checks[name]) else "fail"
-        note = measured.notes.get(name, "" if checks[name] else "this model has no such stage")
+        note = measured.notes.get(name, "" if checks[name] else _why_unchecked(name, measured))
         tensors = {"raw": raw, "decoded": decoded}.get(name, [])
         stages.append(StageResult(name=name, status=status, note=note, checks=checks[name], tensors=tensors))
     return stages
+
+
+def _why_unchecked(name: StageName, measured: Measured) -> str:
+    if name == "map" and measured.scores is not None:
+        return f"AP {measured.scores.subject_ap:.4f}: no golden AP for this dataset and number of images"
+    return "the raw outputs of this model are its decoded ones" if name == "raw" else "nothing was measured"
 
 
 def first_difference(stages: list[StageResult]) -> StageName | None:

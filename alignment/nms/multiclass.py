@@ -9,8 +9,6 @@ import numpy as np
 from alignment.data.preprocess import Transform
 from alignment.variant import Nms
 
-_MATRIX = 256
-
 
 @dataclass(frozen=True)
 class Detections:
@@ -83,31 +81,28 @@ def nms_by_class(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float, li
     Returns:
         Indices of the kept boxes, rising.
     """
+    # Grouped by class, still by falling score within each: a box's rivals are then one contiguous slice.
+    grouped = np.argsort(labels, kind="stable")
+    place = np.empty(len(boxes), np.int64)
+    place[grouped] = np.arange(len(boxes))
+    ends = np.searchsorted(labels[grouped], labels, side="right")
+    x1, y1, x2, y2 = np.ascontiguousarray(boxes[grouped].T)
+    areas = (x2 - x1) * (y2 - y1)
     alive = np.ones(len(boxes), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        alive[members] = _greedy(boxes[members], iou_threshold, limit)
-    return np.flatnonzero(alive)[:limit]
-
-
-def _greedy(boxes: np.ndarray, iou_threshold: float, limit: int) -> np.ndarray:
-    """Greedy NMS of one class, ``[n] bool``; nothing after the `limit`-th kept box is kept."""
-    kept = np.zeros(len(boxes), bool)
-    alive = np.ones(len(boxes), bool)
-    # One small matrix is cheaper than a row a box; a large one is not, as few of its boxes survive.
-    overlaps = iou_matrix(boxes, boxes) > iou_threshold if len(boxes) <= _MATRIX else None
-    index = count = 0
-    while index < len(boxes) and count < limit:
-        if alive[index]:
-            kept[index] = True
-            count += 1
-            if overlaps is not None:
-                alive &= ~overlaps[index]
-            else:
-                rest = index + 1 + np.flatnonzero(alive[index + 1 :])
-                alive[rest[iou_matrix(boxes[index : index + 1], boxes[rest])[0] > iou_threshold]] = False
-        index += 1
-    return kept
+    kept: list[int] = []
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 of two empty boxes compares as no overlap
+        for index, (start, end) in enumerate(zip(place.tolist(), ends.tolist(), strict=True)):
+            if not alive[start]:
+                continue
+            kept.append(index)
+            if len(kept) == limit:
+                break
+            rivals = slice(start + 1, end)
+            width = np.minimum(x2[start], x2[rivals]) - np.maximum(x1[start], x1[rivals])
+            height = np.minimum(y2[start], y2[rivals]) - np.maximum(y1[start], y1[rivals])
+            overlap = np.maximum(width, 0) * np.maximum(height, 0)
+            alive[rivals] &= ~(overlap / (areas[start] + areas[rivals] - overlap) > iou_threshold)
+    return np.array(kept, np.int64)
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:

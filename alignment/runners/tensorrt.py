@@ -239,7 +239,7 @@ class TensorRTRunner(Runner):
         return {
             "backend": "tensorrt",
             "tensorrt": Capabilities.current().version,
-            "device": device.name,
+            "gpu": device.name,
             "compute_capability": device.compute_capability,
             "driver_cuda": device.driver_cuda,
             "cuda": ".".join(map(str, cuda.get_version())),

@@ -102,7 +102,8 @@ def run(
         _print_results(alignment)
         if out_dir:
             # Pictures leave the staging folder only now: a run that fails on its way leaves nothing behind.
-            shutil.copytree(staging, out_dir, dirs_exist_ok=True)
+            if (pictures := Path(staging) / "pictures").is_dir():
+                shutil.copytree(pictures, out_dir / "pictures", dirs_exist_ok=True)
             write_run(alignment, out_dir)
             out.print(f"report: {out_dir / 'report.html'}", markup=False)
     failed = any(c.status == "fail" or (strict and c.status == "skip") for c in alignment.cases)

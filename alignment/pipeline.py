@@ -195,7 +195,9 @@ def _judge_sides(variant: Variant, sides: list[_Side], samples: Samples, options
 
 def explain(result: CaseResult) -> str:
     """One line for people: what was reached, or where the case fails first and who is wrong."""
-    values = {check.name: check for stage in result.stages for check in stage.checks}
+    # A replayed stage holds one quantity to its limit several times; the largest value speaks, as for errors.
+    checks = sorted((check for stage in result.stages for check in stage.checks), key=lambda check: check.value)
+    values = {check.name: check for check in checks}
     if result.first_difference is None:
         parts = [
             f"{label} {values[name].value:.2g}{unit}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from alignment.case import Case, reference_of
 from alignment.compare.coco_map import coco_ap
-from alignment.compare.detections import Agreement, agree
+from alignment.compare.detections import SCORE, Agreement, agree
 from alignment.compare.measure import Measured, TensorErrors, count_agreement
 from alignment.compare.verdict import first_difference, judge, wrong_side
 from alignment.data.coco import read_image
@@ -266,7 +266,7 @@ def _worst_images(
 
 def boxes_of(found: Detections, matched: np.ndarray, names: list[str]) -> list[Box]:
     """The detections that `matched` speaks of, as the report draws them."""
-    strong = np.flatnonzero(found.scores >= 0.25)[: len(matched)]
+    strong = np.flatnonzero(found.scores >= SCORE)[: len(matched)]
     return [
         Box(
             xyxy=tuple(round(float(v), 2) for v in found.boxes[i]),  # type: ignore[arg-type]

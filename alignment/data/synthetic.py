@@ -6,7 +6,11 @@ bytes depend on the seed alone, not on a drawing or JPEG library.
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -19,48 +23,85 @@ CATEGORIES = {1: "disc", 2: "square", 3: "triangle", 5: "ring", 8: "cross", 13: 
 VERSION = 1
 SEED = 2023
 SPLITS = {"val2017": 64, "train2017": 128}
+# So many images are worth the start of further processes.
+_POOL_FROM = 512
 
 
 def synthetic_root() -> Path:
     """The COCO-layout root of the embedded set; drawn on first use (about 3 s) into the cache folder."""
-    root = cache_dir() / f"synthetic-v{VERSION}-seed{SEED}"
+    return cached_splits(f"synthetic-v{VERSION}-seed{SEED}", SPLITS, write_split)
+
+
+def cached_splits(name: str, counts: dict[str, int], write: Callable[[Path, str, int], None]) -> Path:
+    """The folder `name` of the cache; where it is not there yet, `write` draws so many images of each split into it."""
+    root = cache_dir() / name
     if not root.exists():
         with locked(root):
             if not root.exists():
                 with writing_folder(root) as folder:
-                    for split, count in SPLITS.items():
-                        write_split(folder, split, count)
+                    for split, count in counts.items():
+                        write(folder, split, count)
     return root
 
 
 def write_split(root: Path, split: str, count: int) -> None:
     """Draws `count` images of `split` into ``root/split`` with ``root/annotations/instances_<split>.json``."""
+    write_images(root, split, count, _annotated, CATEGORIES, f"synthetic shapes v{VERSION}, seed {SEED}")
+
+
+def _annotated(split: str, index: int) -> tuple[np.ndarray, list[dict]]:
+    image, boxes, classes = draw(split, index)
+    objects = []
+    for box, category in zip(boxes, classes, strict=True):
+        x1, y1, x2, y2 = (float(v) for v in box)
+        area = (x2 - x1) * (y2 - y1)
+        objects.append({"category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": area})
+    return image, objects
+
+
+def write_images(
+    root: Path,
+    split: str,
+    count: int,
+    annotated: Callable[[str, int], tuple[np.ndarray, list[dict]]],
+    categories: dict[int, str],
+    description: str,
+) -> None:
+    """Writes ``root/split/*.png`` and ``root/annotations/instances_<split>.json``.
+
+    Args:
+        annotated: split and index → BGR image and its annotations, without ``id``, ``image_id`` and ``iscrowd``.
+    """
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
+    draw_one = functools.partial(_write_image, annotated, root / split, split)
+    if count > _POOL_FROM:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            drawn = list(pool.map(draw_one, range(count), chunksize=16))
+    else:
+        drawn = [draw_one(index) for index in range(count)]
     images: list[dict] = []
     annotations: list[dict] = []
-    for index in range(count):
-        image, boxes, classes = draw(split, index)
-        name = f"{index + 1:012d}.png"
-        cv2.imwrite(str(root / split / name), image)
-        height, width = image.shape[:2]
-        images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
-        for box, category in zip(boxes, classes, strict=True):
-            x1, y1, x2, y2 = (float(v) for v in box)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index + 1,
-                    "category_id": category,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                }
-            )
-    categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
-    info = {"description": f"alignment synthetic shapes v{VERSION}, seed {SEED}"}
-    text = json.dumps({"info": info, "images": images, "annotations": annotations, "categories": categories})
-    (root / "annotations" / f"instances_{split}.json").write_text(text)
+    for index, (entry, objects) in enumerate(drawn):
+        images.append({"id": index + 1, **entry})
+        for fields in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **fields, "iscrowd": 0})
+    truth = {
+        "info": {"description": f"alignment {description}"},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in categories.items()],
+    }
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
+
+
+def _write_image(
+    annotated: Callable[[str, int], tuple[np.ndarray, list[dict]]], folder: Path, split: str, index: int
+) -> tuple[dict, list[dict]]:
+    image, objects = annotated(split, index)
+    name = f"{index + 1:012d}.png"
+    cv2.imwrite(str(folder / name), image)
+    return {"file_name": name, "height": image.shape[0], "width": image.shape[1]}, objects
 
 
 def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -75,7 +116,7 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """
     rng = np.random.default_rng([SEED, VERSION, list(SPLITS).index(split), index])
     height, width = (int(v) for v in rng.integers(200, 421, size=2))
-    image = _background(rng, height, width)
+    image = background(rng, height, width)
     boxes: list[np.ndarray] = []
     classes: list[int] = []
     for _ in range(int(rng.integers(2, 11))):
@@ -98,7 +139,7 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
     return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8), np.array(boxes).reshape(-1, 4), classes
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Two-way colour gradient with a few thin bars as distractors, ``[H, W, 3] float64``."""
     corners = rng.uniform(0, 255, size=(2, 2, 3))
     v = np.linspace(0, 1, height)[:, None, None]
@@ -130,13 +171,13 @@ def _mask(shape: str, centre: np.ndarray, radius: float, angle: float, height: i
     if shape == "cross":
         return (np.minimum(np.abs(u), np.abs(v)) <= 0.28) & (np.maximum(np.abs(u), np.abs(v)) <= 1)
     if shape == "triangle":
-        return _inside(u, v, [(np.sin(a), -np.cos(a)) for a in np.arange(3) * 2 * np.pi / 3])
+        return inside_polygon(u, v, [(np.sin(a), -np.cos(a)) for a in np.arange(3) * 2 * np.pi / 3])
     spikes = [(np.sin(a) * r, -np.cos(a) * r) for a, r in zip(np.arange(10) * np.pi / 5, [1, 0.42] * 5, strict=True)]
-    return _inside(u, v, spikes)
+    return inside_polygon(u, v, spikes)
 
 
-def _inside(u: np.ndarray, v: np.ndarray, polygon: list[tuple[float, float]]) -> np.ndarray:
-    """Even-odd rule."""
+def inside_polygon(u: np.ndarray, v: np.ndarray, polygon: list[tuple[float, float]]) -> np.ndarray:
+    """Points (u, v) within a polygon, by the even-odd rule."""
     inside = np.zeros(u.shape, bool)
     for (ax, ay), (bx, by) in zip(polygon, polygon[1:] + polygon[:1], strict=True):
         crosses = (ay > v) != (by > v)

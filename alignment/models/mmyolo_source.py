@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import importlib
 import logging
 import warnings
@@ -24,6 +25,8 @@ def require_mmyolo() -> None:
     from alignment.models import mmcv_finder
 
     mmcv_finder.install()
+    # mmyolo tries mmrotate, whose 1.0.0rc1 imports this name from where Python had it before 3.10.
+    collections.Sequence = collections.abc.Sequence  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", module="mmengine|mmcv|mmdet|mmyolo")
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # mmdet's call, but it is blamed on torch
     try:
@@ -36,13 +39,28 @@ def require_mmyolo() -> None:
     init_default_scope("mmyolo")
 
 
+def require_mmrotate() -> None:
+    """Registers mmrotate's classes, which rotated detectors are made of.
+
+    Raises:
+        AlignError: when it is not installed.
+    """
+    require_mmyolo()
+    try:
+        for module in ("mmrotate.models", "mmrotate.datasets"):
+            importlib.import_module(module)
+    except ImportError as error:
+        mend = "pip install --no-deps mmrotate==1.0.0rc1 && pip install e2cnn"
+        raise AlignError(f"mmrotate cannot be imported: {error}", mend) from None
+
+
 def load_config(variant: Variant) -> Any:
     """The variant's mmengine Config, its options merged, nothing left that would download.
 
     Raises:
         AlignError: for a config that is not there or cannot be read.
     """
-    require_mmyolo()
+    (require_mmrotate if variant.rotated else require_mmyolo)()
     import mmyolo
     from mmengine.config import Config
 

@@ -16,6 +16,7 @@ from alignment.errors import AlignError
 from alignment.storage import data_dir
 
 ZOO = Path(__file__).parent / "zoo"
+Positive = Annotated[float, Field(gt=0)]
 
 
 class _Strict(BaseModel):
@@ -37,28 +38,103 @@ class MMYoloSource(_Strict):
     imports: list[str] = []
 
 
-class OnnxHead(_Strict):
-    """How the outputs of a bare ONNX file become boxes and scores.
+class _ScoredHead(_Strict):
+    """`scores_activation` says what is left to do: ``sigmoid`` where the graph gives logits, objectness included."""
 
-    ``decoded``: `boxes` [B, N, 4] in pixels of the network input and `scores` [B, N, C] are outputs of the graph.
-    ``yolox``: one output [B, N, 5 + C] (cx, cy, w, h, objectness, classes; scores after the sigmoid), its centre as
-    offset from the cell and its size as logarithm, both in units of the stride.
+    scores_activation: Literal["none", "sigmoid"] = "none"
+
+
+class DecodedHead(_ScoredHead):
+    """Two outputs: `boxes` [B, N, 4] in pixels of the network input, or [B, N, 5] (cx, cy, w, h, angle) where the
+    variant is rotated, and `scores` [B, N, C].
+
+    `transposed`: the scores are [B, C, N]; without it their shape tells.
     """
 
-    layout: Literal["decoded", "yolox"]
+    layout: Literal["decoded"]
     boxes: str = "boxes"
     scores: str = "scores"
     box_format: Literal["xyxy", "cxcywh"] = "xyxy"
+    transposed: bool | None = None
+
+
+class YoloxHead(_ScoredHead):
+    """One undecoded output [B, N, 5 + C] (cx, cy, w, h, objectness, classes): the centre as offset from the cell, the
+    size as logarithm, both in units of the stride."""
+
+    layout: Literal["yolox"]
     output: str | None = None
     strides: list[Annotated[int, Field(gt=0)]] = [8, 16, 32]
 
 
+class YoloHead(_ScoredHead):
+    """One output with decoded boxes in pixels of the network input.
+
+    ``yolov5``: [B, N, 5 + C] (box, objectness, classes).  ``yolov8``: [B, 4 + C, N] (box, classes); where the variant
+    is rotated [B, 4 + C + 1, N], the angle last.  `transposed`: the rows lie along the last axis, as YOLOv8 has them;
+    without it the shape tells.
+    """
+
+    layout: Literal["yolov5", "yolov8"]
+    output: str | None = None
+    box_format: Literal["xyxy", "cxcywh"] = "cxcywh"
+    transposed: bool | None = None
+
+
+class Yolov5RawHead(_Strict):
+    """A logit map for each stride: [B, A, H, W, 5 + C] or [B, A * (5 + C), H, W].
+
+    `anchors`: a list for each stride, of (width, height) in pixels; the flat lists of Ultralytics' YAML will do.
+    """
+
+    layout: Literal["yolov5_raw"]
+    strides: list[Annotated[int, Field(gt=0)]] = [8, 16, 32]
+    anchors: list[Annotated[list[tuple[Positive, Positive]], Field(min_length=1)]]
+
+    @field_validator("anchors", mode="before")
+    @classmethod
+    def _pair(cls, anchors: Any) -> Any:
+        def pairs(level: Any) -> Any:
+            flat = isinstance(level, list) and all(isinstance(size, int | float) for size in level)
+            return [level[i : i + 2] for i in range(0, len(level), 2)] if flat else level
+
+        return [pairs(level) for level in anchors] if isinstance(anchors, list) else anchors
+
+    @field_validator("anchors")
+    @classmethod
+    def _a_list_for_each_stride(cls, anchors: list[Any], info: ValidationInfo) -> list[Any]:
+        strides = info.data.get("strides")
+        if strides and len(anchors) != len(strides):
+            raise ValueError(f"anchors of {len(anchors)} levels, but strides {strides}")
+        return anchors
+
+
+class End2EndHead(_Strict):
+    """The graph ends in NMS; boxes are x1, y1, x2, y2 in pixels of the network input.
+
+    Either one `output`: [B, K, 6] (box, score, label), or [n, 7] (batch index, box, label, score).  Or, as
+    EfficientNMS_TRT has them, `count` [B, 1], `boxes` [B, K, 4], `scores` and `labels` [B, K].  A graph that does not
+    count has ``count: null``; one whose boxes are [B, K, 5], the score last, needs no `scores`.  Rows beyond the count
+    and rows of score 0 are padding.
+    """
+
+    layout: Literal["end2end"]
+    output: str | None = None
+    count: str | None = "num_dets"
+    boxes: str = "boxes"
+    scores: str = "scores"
+    labels: str = "labels"
+
+
+OnnxHead = DecodedHead | YoloxHead | YoloHead | Yolov5RawHead | End2EndHead
+
+
 class OnnxSource(_Strict):
-    """A bare ONNX file; torch is then absent from the comparison."""
+    """A bare ONNX file; torch is then absent from the comparison.  `head` says how its outputs become boxes."""
 
     kind: Literal["onnx"]
     file: Path
-    head: OnnxHead
+    head: Annotated[OnnxHead, Field(discriminator="layout")]
 
 
 class InputSize(_Strict):
@@ -95,15 +171,20 @@ class Nms(_Strict):
 
 
 class Variant(_Strict):
-    """One detector to be deployed.  See `load_variant`."""
+    """One detector to be deployed.  See `load_variant`.
+
+    `boxes` are ``horizontal`` (x1, y1, x2, y2) or ``rotated`` (cx, cy, w, h, angle in radians).  `dataset` says on
+    which images it is scored: ``coco`` and ``dota`` are looked for below ``ALIGN_DATA``, the synthetic ones are drawn.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
     source: Annotated[MMYoloSource | OnnxSource, Field(discriminator="kind")]
     input: InputSize
     preprocess: Preprocess = Preprocess()
     classes: Annotated[int, Field(gt=0)]
+    boxes: Literal["horizontal", "rotated"] = "horizontal"
     nms: Nms = Nms()
-    dataset: Literal["coco", "synthetic"] = "coco"
+    dataset: Literal["coco", "synthetic", "dota", "synthetic_rotated"] = "coco"
     notes: str = ""
 
     @field_validator("source", mode="before")
@@ -120,10 +201,38 @@ class Variant(_Strict):
             raise ValueError("preprocess.std must not hold 0")
         return self
 
+    @model_validator(mode="after")
+    def _keeps_rectangles(self) -> Variant:
+        if self.rotated and self.preprocess.resize == "stretch":
+            raise ValueError(
+                "preprocess.resize must be letterbox or letterbox_top_left with rotated boxes: "
+                "a rotated rectangle that is stretched is no rectangle"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> Variant:
+        layout = self.source.head.layout if isinstance(self.source, OnnxSource) else None
+        if layout and self.rotated and layout not in ("decoded", "yolov8"):
+            raise ValueError(f"boxes: no rotated ones in source.head.layout {layout!r}, but in 'decoded' and 'yolov8'")
+        if self.ends_in_nms and self.nms != Nms():
+            raise ValueError("nms: source.head.layout 'end2end' has its NMS in the graph: remove nms")
+        return self
+
+    @property
+    def ends_in_nms(self) -> bool:
+        """Whether the graph gives detections, so that there is nothing decoded to compare and no NMS to run."""
+        return isinstance(self.source, OnnxSource) and self.source.head.layout == "end2end"
+
     @property
     def has_torch(self) -> bool:
         """Whether a torch model stands behind the variant."""
         return self.source.kind == "mmyolo"
+
+    @property
+    def rotated(self) -> bool:
+        """Whether its boxes have an angle."""
+        return self.boxes == "rotated"
 
     @property
     def weights(self) -> Path:
@@ -133,14 +242,18 @@ class Variant(_Strict):
     @property
     def embedded(self) -> bool:
         """Whether all that the variant needs is part of the repository."""
-        return self.dataset == "synthetic"
+        return self.dataset.startswith("synthetic")
 
     def fingerprint(self) -> str:
         """16 hex digits over everything that can change the model's answers, the weights excepted."""
         fields = self.model_dump(mode="json", exclude={"name", "notes", "dataset"})
+        if not self.rotated:
+            del fields["boxes"]
         source = fields["source"]
         for key in ("checkpoint", "file"):
             source.pop(key, None)
+        if isinstance(self.source, OnnxSource):
+            source["head"] = _settled(self.source.head)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -184,6 +297,23 @@ def load_variant(name: str | Path) -> Variant:
         raise AlignError(f"{path}: {_first(error)}", "mend that field") from None
 
 
+def resized(variant: Variant, height: int, width: int) -> Variant:
+    """The variant with another input, under a name of its own: golden values and records are of one size.
+
+    Raises:
+        AlignError: for a size that no network takes, or a bare ONNX file, whose size is its own.
+    """
+    if (height, width) == (variant.input.height, variant.input.width):
+        return variant
+    if not variant.has_torch:
+        raise AlignError(f"{variant.name}: the size of an ONNX file is its own", "export the file in that size")
+    try:
+        size = InputSize(height=height, width=width)
+    except ValidationError as error:
+        raise AlignError(f"size {height}x{width}: {error.errors()[0]['msg']}", "give multiples of 32") from None
+    return variant.model_copy(update={"name": f"{variant.name}_{height}x{width}", "input": size})
+
+
 def _path(text: Any, folder: Path) -> Path:
     """Expands ``${ALIGN_DATA}`` (which has a default), ``${GOLDEN}`` and other environment variables."""
     known = {"ALIGN_DATA": str(data_dir().absolute()), "GOLDEN": str(golden_dir())}
@@ -197,10 +327,36 @@ def _path(text: Any, folder: Path) -> Path:
     return folder / re.sub(r"\$\{(\w+)\}", value, str(text))
 
 
+def _settled(head: OnnxHead) -> dict[str, Any]:
+    """The fields of a head that its fingerprint is of.
+
+    A field counts where it is not at its default: a record outlives a field that is added.  Those of `common` count
+    always, with these values where a layout lacks them.
+    """
+    common = {"boxes": "boxes", "scores": "scores", "box_format": "xyxy", "output": None, "strides": [8, 16, 32]}
+    present = head.model_dump(mode="json", include=set(common))
+    return {**common, **present, **head.model_dump(mode="json", exclude_defaults=True)}
+
+
+_TAGS: dict[Any, type[BaseModel]] = {
+    "mmyolo": MMYoloSource,
+    "onnx": OnnxSource,
+    "decoded": DecodedHead,
+    "yolox": YoloxHead,
+    "yolov5": YoloHead,
+    "yolov8": YoloHead,
+    "yolov5_raw": Yolov5RawHead,
+    "end2end": End2EndHead,
+}
+
+
 def _first(error: ValidationError) -> str:
     """The first error in words: ``preprocess.resize: 'x' is not allowed: ...``."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part not in ("mmyolo", "onnx"))
+    parts = [str(part) for part in first["loc"] if part not in _TAGS]
+    if first["type"].startswith("union_tag"):
+        parts.append(first["ctx"]["discriminator"].strip("'"))
+    field = ".".join(parts)
     given = first.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     if first["type"] == "extra_forbidden":
@@ -211,8 +367,7 @@ def _first(error: ValidationError) -> str:
 
 def _siblings(place: tuple[int | str, ...]) -> list[str]:
     """The fields that may stand where pydantic found another one."""
-    kinds: dict[Any, Any] = {"mmyolo": MMYoloSource, "onnx": OnnxSource}
     model: Any = Variant
     for part in place[:-1]:
-        model = kinds.get(part) or model.model_fields[part].annotation
+        model = _TAGS.get(part) or model.model_fields[part].annotation
     return list(model.model_fields)

@@ -19,11 +19,15 @@ GOOD: dict[str, Any] = {
     "input": {"height": 64, "width": 96},
     "classes": 2,
 }
+YOLOX: dict[str, Any] = {"layout": "yolox"}
+RAW: dict[str, Any] = {"layout": "yolov5_raw", "strides": [8]}
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """GOOD with the field at a dotted path set, or taken out where the value is None."""
+    """GOOD with the field at a dotted path set, taken out where the value is None; several fields at the path "."."""
     fields = yaml.safe_load(yaml.safe_dump(GOOD))
+    if path == ".":
+        return {**fields, **value}
     *parents, last = path.split(".")
     place = fields
     for parent in parents:
@@ -58,7 +62,7 @@ def test_the_zoo_loads(path):
     assert variant.name == path.stem
     assert load_variant(path.stem) == variant
     assert variant.weights.is_absolute()
-    assert variant.embedded == (variant.dataset == "synthetic")
+    assert variant.embedded == (variant.dataset in ("synthetic", "synthetic_rotated"))
     assert not variant.embedded or variant.weights.is_file()
 
 
@@ -77,7 +81,7 @@ def test_defaults_and_paths_relative_to_the_yaml(tmp_path):
 
 WRONG = {
     "unknown field": ("preprocess.colour", "rgb", ["preprocess.colour", "not permitted", "channels, mean, std"]),
-    "unknown top field": ("clases", 3, ["clases", "not permitted", "classes, nms"]),
+    "unknown top field": ("clases", 3, ["clases", "not permitted", "classes, boxes, nms"]),
     "unknown source field": ("source.config", "x.py", ["source.config", "not permitted", "kind, file, head"]),
     "unknown head field": ("source.head.box", "x", ["source.head.box", "not permitted", "boxes, scores, box_format"]),
     "wrong enum": ("preprocess.resize", "squash", ["preprocess.resize", "'squash'", "'letterbox'", "'stretch'"]),
@@ -96,7 +100,28 @@ WRONG = {
     "std 0": ("preprocess.std", [1, 0, 1], ["preprocess.std", "0"]),
     "two means": ("preprocess.mean", [1, 2], ["preprocess.mean"]),
     "iou above 1": ("nms.iou_threshold", 1.5, ["nms.iou_threshold", "1", "given: 1.5"]),
-    "stride 0": ("source.head.strides", [8, 0], ["source.head.strides.1", "greater than 0"]),
+    "field of another layout": ("source.head.strides", [8], ["source.head.strides", "layout, boxes, scores"]),
+    "head without a layout": ("source.head", {}, ["source.head.layout", "'layout'"]),
+    "stride 0": ("source.head", YOLOX | {"strides": [8, 0]}, ["source.head.strides.1", "greater than 0"]),
+    "no anchors": ("source.head", {"layout": "yolov5_raw"}, ["source.head.anchors", "required"]),
+    "half an anchor": ("source.head", RAW | {"anchors": [[10, 13, 16]]}, ["source.head.anchors.0.1", "required"]),
+    "anchor of no size": ("source.head", RAW | {"anchors": [[10, 0]]}, ["source.head.anchors.0.0.1", "than 0"]),
+    "anchors that are text": ("source.head", RAW | {"anchors": "all"}, ["source.head.anchors", "list"]),
+    "anchors of a level too few": (
+        "source.head",
+        RAW | {"strides": [8, 16], "anchors": [[10, 13]]},
+        ["source.head.anchors", "1 levels", "[8, 16]"],
+    ),
+    "NMS for a graph that ends in it": (
+        ".",
+        {"source": {**GOOD["source"], "head": {"layout": "end2end"}}, "nms": {"iou_threshold": 0.5}},
+        ["nms", "remove nms"],
+    ),
+    "rotated boxes of a layout that has none": (
+        ".",
+        {"source": {**GOOD["source"], "head": YOLOX}, "boxes": "rotated"},
+        ["boxes", "'yolox'", "'decoded' and 'yolov8'"],
+    ),
     "name with a slash": ("name", "a/b", ["name", "'a/b'"]),
     "variable that is not set": (
         "source.file",
@@ -176,8 +201,10 @@ MATTERS = {
     "nms.iou_threshold": 0.5,
     "nms.multi_label": False,
     "source.head.layout": "yolox",
-    "source.head.strides": [8, 16],
+    "source.head": {"layout": "yolox", "strides": [8, 16]},
     "source.head.box_format": "cxcywh",
+    "source.head.scores_activation": "sigmoid",
+    "source.head.transposed": True,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,41 @@ def cpu_threads() -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise AlignError(f"ALIGN_THREADS={text}: not a number of threads", "give 1 or more, or unset it")
     return int(text)
+
+
+def filled(batch: np.ndarray, size: int) -> np.ndarray:
+    """The batch, its last image repeated until there is a multiple of `size`."""
+    missing = -len(batch) % size
+    return np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]) if missing else batch
+
+
+def in_pieces(
+    batch: np.ndarray, size: int, batched: set[str], run: Callable[[np.ndarray], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Runs a graph whose batch is fixed; the last piece is filled up.
+
+    Args:
+        size: the fixed batch.
+        batched: outputs that the graph declares to be of that batch; those of three and more axes may go without.
+        run: runs one piece.
+
+    Raises:
+        AlignError: when pieces of an output without a batch axis, a row a detection say, would have to be joined.
+    """
+    whole = filled(batch, size)
+    pieces = [run(whole[i : i + size]) for i in range(0, len(whole), size)]
+    joined = {}
+    for name, first in pieces[0].items():
+        if first.ndim and len(first) == size and (name in batched or first.ndim >= 3):
+            joined[name] = np.concatenate([piece[name] for piece in pieces])[: len(batch)]
+        elif len(pieces) == 1:
+            joined[name] = first
+        else:
+            raise AlignError(
+                f"output {name} has no batch axis: {len(batch)} images in pieces of {size} cannot be joined",
+                "export it with a dynamic batch",
+            )
+    return joined
 
 
 class Runner(ABC):

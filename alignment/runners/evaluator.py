@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from alignment.runners.base import Runner
+from alignment.errors import AlignError
+from alignment.runners.base import Runner, filled, in_pieces
 
 
 class OnnxEvaluator(Runner):
@@ -25,18 +26,29 @@ class OnnxEvaluator(Runner):
     Args:
         model: path of the file, or the model itself.
         dtype: of every float tensor: weights, constants, casts and activations.
+
+    Attributes:
+        fixed_batch: the batch that the graph declares, 0 where it is dynamic.
+
+    Raises:
+        AlignError: for an operator that it does not know.
     """
 
     def __init__(self, model: Path | onnx.ModelProto, dtype: Literal["float32", "float64"] = "float64") -> None:
         import torch
 
+        self._dtype = np.dtype(dtype)
         graph = onnx.load(model) if isinstance(model, Path) else model
         if dtype == "float64":
             graph = to_float64(graph)
-        self._evaluator = ReferenceEvaluator(graph, new_ops=_fast_ops())
+        try:
+            self._evaluator = ReferenceEvaluator(graph, new_ops=_fast_ops())
+        except Exception as error:
+            raise _failure(self._dtype, error) from error
         self._input = graph.graph.input[0].name
+        self.fixed_batch = _first_axis(graph.graph.input[0])
         self._outputs = [output.name for output in graph.graph.output]
-        self._dtype = np.dtype(dtype)
+        self._batched = {o.name for o in graph.graph.output if self.fixed_batch and _first_axis(o) == self.fixed_batch}
         self.warnings = []
         self.provenance = {
             "backend": "onnx reference evaluator",
@@ -46,14 +58,37 @@ class OnnxEvaluator(Runner):
         }
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """See `Runner.run`; values are of the evaluator's dtype."""
-        values = self._evaluator.run(None, {self._input: batch.astype(self._dtype)})
-        return dict(zip(self._outputs, values, strict=True))
+        """See `Runner.run`; values are of the evaluator's dtype.
+
+        Raises:
+            AlignError: for a node that cannot be evaluated.
+        """
+        return in_pieces(batch, self.fixed_batch or len(batch), self._batched, self._piece)
 
     def tensors(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """Every tensor of the graph by name, the input included."""
-        feeds = {self._input: batch.astype(self._dtype)}
-        return dict(self._evaluator.run(None, feeds, intermediate=True))
+        """Every tensor of the graph by name, the input included, of a batch that is filled up where it is fixed."""
+        return dict(self._evaluate(filled(batch, self.fixed_batch or len(batch)), every=True))
+
+    def _piece(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._evaluate(images), strict=True))
+
+    def _evaluate(self, images: np.ndarray, every: bool = False) -> Any:
+        try:
+            return self._evaluator.run(None, {self._input: images.astype(self._dtype)}, intermediate=every)
+        except Exception as error:
+            raise _failure(self._dtype, error) from error
+
+
+def _failure(dtype: np.dtype, error: Exception) -> AlignError:
+    """One error for all those that the operators of onnx's reference evaluator have."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return AlignError(f"onnx's reference evaluator fails in {dtype}: {reason}")
+
+
+def _first_axis(value: onnx.ValueInfoProto) -> int:
+    """The batch that an input or output declares, 0 where it is dynamic."""
+    axes = value.type.tensor_type.shape.dim
+    return axes[0].dim_value if axes else 0
 
 
 def to_float64(model: onnx.ModelProto) -> onnx.ModelProto:

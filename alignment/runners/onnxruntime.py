@@ -8,7 +8,7 @@ import numpy as np
 
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
-from alignment.runners.base import Runner, cpu_threads
+from alignment.runners.base import Runner, cpu_threads, in_pieces
 
 
 class OnnxRuntimeRunner(Runner):
@@ -41,7 +41,9 @@ class OnnxRuntimeRunner(Runner):
             shown = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
             raise AlignError(f"{path}: inputs {shown}", "give a model with one float32 image input [B, 3, H, W]")
         self._path, self._input, self._shape = path, inputs[0].name, inputs[0].shape
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        outputs = self._session.get_outputs()
+        self._outputs = [output.name for output in outputs]
+        self._batched = {output.name for output in outputs if output.shape and output.shape[0] == self._shape[0]}
         self.warnings = []
         self.provenance = {
             "backend": "onnxruntime",
@@ -53,7 +55,7 @@ class OnnxRuntimeRunner(Runner):
         }
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """See `Runner.run`.  A graph with a fixed batch gets the batch in pieces.
+        """See `Runner.run`.  A graph with a fixed batch gets the batch in pieces, the last filled up.
 
         Raises:
             AlignError: when the images do not have the size that the graph asks for.
@@ -65,9 +67,7 @@ class OnnxRuntimeRunner(Runner):
                     "mend `input` in the variant's YAML",
                 )
         fixed = self._shape[0] if isinstance(self._shape[0], int) else len(batch)
-        if len(batch) % fixed:
-            raise AlignError(f"{self._path}: a batch of {fixed} is fixed in it, {len(batch)} images given", "export it")
-        parts = [
-            self._session.run(self._outputs, {self._input: batch[i : i + fixed]}) for i in range(0, len(batch), fixed)
-        ]
-        return {name: np.concatenate(p) for name, p in zip(self._outputs, zip(*parts, strict=True), strict=True)}
+        return in_pieces(batch, fixed, self._batched, self._piece)
+
+    def _piece(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._session.run(self._outputs, {self._input: images}), strict=True))

@@ -9,15 +9,16 @@ import numpy as np
 from alignment.case import Case, reference_of
 from alignment.compare.coco_map import coco_ap
 from alignment.compare.detections import agree
-from alignment.compare.measure import Measured, count_agreement
+from alignment.compare.measure import UNITS, Measured, comparable, count_agreement, split_angles
 from alignment.compare.tensors import ErrorAccumulator
 from alignment.compare.verdict import first_difference, judge, wrong_side
 from alignment.data.samples import Samples
 from alignment.errors import AlignError
 from alignment.golden import limits, read_golden
+from alignment.models.outputs import ENDS_IN_NMS
 from alignment.pipeline import explain
 from alignment.results import CaseResult, Scores, TensorResult
-from alignment.runners.record import BOX_STEP, SCORE_STEP, Candidates, Record, record_path
+from alignment.runners.record import STEPS, Candidates, Record, record_path
 from alignment.variant import Variant
 
 
@@ -49,6 +50,8 @@ def replay(variant: Variant, case: Case, golden: Path, samples: Samples | None) 
     if samples is not None:
         images = [e.id for e in samples.dataset.images if e.id in record.digests]
     measured = _measure(record, reference, recorded, images)
+    if variant.ends_in_nms:
+        measured.notes.update({"raw": ENDS_IN_NMS, "decoded": ENDS_IN_NMS})
     if samples is not None and images:
         measured.inputs = _equal_inputs(record, samples, images)
         ours, theirs = (coco_ap(samples.dataset, {i: r.detections[i] for i in images}) for r in (record, reference))
@@ -102,25 +105,28 @@ def _measure(record: Record, reference: Record, recorded: CaseResult, images: li
 
 
 def _recomputed(record: Record, reference: Record, images: list[int]) -> list[TensorResult]:
-    kinds = {name: ErrorAccumulator() for name in ("boxes", "scores", "boxes, candidates", "scores, candidates")}
+    full = {name: ErrorAccumulator() for name in UNITS}
+    candidates = {name: ErrorAccumulator() for name in UNITS}
     for image in images:
         ours, theirs = _shared(record.candidates[image], reference.candidates[image])
-        kinds["boxes, candidates"].add(ours.boxes, theirs.boxes)
-        kinds["scores, candidates"].add(ours.scores, theirs.scores)
+        others = _named(theirs.boxes, theirs.scores)
+        for name, a in _named(ours.boxes, ours.scores).items():
+            candidates[name].add(*comparable(name, a, others[name]))
         if image in record.full and image in reference.full:
-            both = zip(
-                ("boxes", "scores"), record.full[image], reference.full[image], (BOX_STEP, SCORE_STEP), strict=True
-            )
-            for name, a, b, step in both:
-                kinds[name].add(_beyond_rounding(a, b, step), b)
+            others = _named(*reference.full[image])
+            for name, a in _named(*record.full[image]).items():
+                a, b = comparable(name, a, others[name])
+                full[name].add(_beyond_rounding(a, b, STEPS[name]), b)
     results = []
-    for name, errors in kinds.items():
-        stats = errors.stats()
-        if stats:
-            unit = "px" if name.startswith("boxes") else "probability"
-            shown = name if "," in name else f"{name}, full tensors"
-            results.append(TensorResult(name=shown, unit=unit, difference=stats))
+    for kind, tensors in (("full tensors", full), ("candidates", candidates)):
+        for name, errors in tensors.items():
+            if stats := errors.stats():
+                results.append(TensorResult(name=f"{name}, {kind}", unit=UNITS[name], difference=stats))
     return results
+
+
+def _named(boxes: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
+    return {**split_angles(boxes), "scores": scores}
 
 
 def _shared(a: Candidates, b: Candidates) -> tuple[Candidates, Candidates]:

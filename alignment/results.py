@@ -68,13 +68,17 @@ class StageResult(_Model):
 
 
 class Box(_Model):
-    """A detection in pixels of the original image; `matched` says whether the other side has it too."""
+    """A detection in pixels of the original image; `matched` says whether the other side has it too.
+
+    A rotated one has `corners`, in order around it; `xyxy` is then the upright box around them.
+    """
 
     xyxy: tuple[float, float, float, float]
     score: float
     label: int
     label_name: str = ""
     matched: bool = True
+    corners: list[tuple[float, float]] | None = None
 
 
 class WorstImage(_Model):

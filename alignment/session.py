@@ -12,7 +12,7 @@ from typing import Any
 
 from alignment import __version__
 from alignment.case import Case
-from alignment.data.samples import Samples, dataset_root, open_samples
+from alignment.data.samples import Samples, dataset_root, images_mend, open_samples
 from alignment.engine import capabilities
 from alignment.errors import AlignError
 from alignment.pipeline import RunOptions, align_live, explain_tf32, skipped
@@ -84,7 +84,7 @@ def unavailable(variant: Variant, data: Path | None) -> str | None:
     if not variant.weights.is_file():
         return f"{variant.weights}: no such file: set ALIGN_DATA, or name the weights in the variant's YAML"
     if dataset_root(variant, data) is None:
-        return f"{variant.name}: no images: give --data DIR or set ALIGN_DATA"
+        return f"{variant.name}: no images: {images_mend(variant)}"
     return None
 
 

@@ -13,7 +13,7 @@ from alignment.data.preprocess import Transform, preprocess
 from alignment.variant import InputSize, Preprocess, Variant, load_variant, zoo
 
 MMYOLO_VARIANTS = [path.stem for path in zoo() if load_variant(path).has_torch]
-LOADERS = ("LoadImageFromFile", "LoadAnnotations")
+LOADERS = ("LoadImageFromFile", "LoadAnnotations", "ConvertBoxType")
 # (height, width): exact, one off, tall, wide, thin, tiny, smaller and larger than any input, real COCO sizes
 SIZES = [(640, 640), (416, 416), (320, 320), (641, 639), (319, 320), (480, 640), (640, 427), (375, 500), (33, 701)]
 SIZES += [(700, 5), (3, 900), (1, 1), (1, 3), (2, 1), (640, 2), (1301, 1299), (1000, 37), (17, 16), (321, 1283)]
@@ -45,8 +45,10 @@ class MMYoloPipeline:
         for step in steps:
             if "scale" in step:
                 step["scale"] = (size.width, size.height)
-            if step.pop("pad_to_square", False):
+            if step.pop("pad_to_square", False) or "size" in step:
                 step["size"] = (size.width, size.height)
+            if "width" in step:
+                step.update(width=size.width, height=size.height)
         self.compose = Compose(steps)
         self.preprocessor = MODELS.build(config.model.data_preprocessor).eval()
 

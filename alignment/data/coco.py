@@ -33,7 +33,8 @@ class CocoDataset:
         images: in the order of the annotation file, at most as many as were asked for.
         category_ids: COCO category id of each class index (sorted ids: class k is the k-th category).
         class_names: one a class.
-        truth: the annotation file as it was read.
+        truth: the annotation file as it was read.  Annotations of rotated objects also have ``rbox``: cx, cy, w, h in
+            pixels and the angle in radians.
         fingerprint: 16 hex digits over image names and annotations; equal data, equal fingerprint.
     """
 
@@ -57,11 +58,17 @@ class CocoDataset:
         Raises:
             AlignError: naming the file that is missing, unreadable or does not fit.
         """
-        path = root / "annotations" / f"instances_{split}.json"
         layout = f"--data takes a folder with annotations/instances_{split}.json and {split}/"
+        return cls.read(root / "annotations" / f"instances_{split}.json", root / split, root, split, layout, limit)
+
+    @classmethod
+    def read(
+        cls, path: Path, folder: Path, root: Path, split: str, layout: str, limit: int | None = None
+    ) -> CocoDataset:
+        """The same with the annotation file and the image folder named; `layout` says what errors advise."""
         try:
             truth = json.loads(path.read_text(encoding="utf-8"))
-            entries = [ImageEntry(i["id"], i["file_name"], root / split / i["file_name"]) for i in truth["images"]]
+            entries = [ImageEntry(i["id"], i["file_name"], folder / i["file_name"]) for i in truth["images"]]
             categories = sorted(truth["categories"], key=lambda c: c["id"])
             known = {entry.id for entry in entries}
             strays = sorted({a["image_id"] for a in truth["annotations"]} - known)
@@ -90,6 +97,16 @@ class CocoDataset:
                 f"{self.root}: {len(self.category_ids)} categories, but {variant} has {count} classes",
                 "give the data that the variant was trained for, or mend `classes` in its YAML",
             )
+
+    def require_rotated(self, variant: str) -> None:
+        """Raises AlignError when a model with rotated boxes cannot be scored on this dataset."""
+        for entry in self.truth["annotations"]:
+            if np.shape(entry.get("rbox")) != (5,):
+                raise AlignError(
+                    f"{self.root}: annotation {entry.get('id')} has no rbox (cx, cy, w, h, angle), but {variant} has "
+                    "rotated boxes",
+                    "set `dataset` in its YAML to dota or synthetic_rotated, or add rbox to the annotations",
+                )
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -32,15 +32,32 @@ class Transform:
     original: tuple[int, int]
 
     def to_original(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes ``[n, 4]`` (x1, y1, x2, y2) from the input's pixels to the original image's, in their own dtype."""
+        """Boxes ``[n, 4]`` (x1, y1, x2, y2) from the input's pixels to the original image's, in their own dtype.
+
+        Rotated boxes ``[n, 5]`` as mmrotate's ``RotatedBoxes.rescale_``.  Where the scales of x and y differ, by the
+        rounding of the image's size to whole pixels, a rectangle comes out sheared a little: the sides keep their
+        lengths and h its direction.
+        """
+        if boxes.shape[1] == 5:
+            return self._rotated_to_original(boxes)
         offset = np.array(self.offset * 2, boxes.dtype)
         return (boxes - offset) / np.array(self.scale * 2, boxes.dtype)
 
     def clip(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes ``[n, 4]`` in the original image's pixels, clipped to it."""
+        """Boxes ``[n, 4]`` in the original image's pixels, clipped to it; rotated ones are left as they are."""
+        if boxes.shape[1] == 5:
+            return boxes
         height, width = self.original
         limit = np.array([width, height] * 2, boxes.dtype)
         return np.minimum(np.maximum(boxes, 0), limit)
+
+    def _rotated_to_original(self, boxes: np.ndarray) -> np.ndarray:
+        scale_x, scale_y = 1 / self.scale[0], 1 / self.scale[1]
+        centre = (boxes[:, :2] - np.array(self.offset, boxes.dtype)) * np.array([scale_x, scale_y], boxes.dtype)
+        cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
+        w = boxes[:, 2] * np.hypot(scale_x * cos, scale_y * sin)
+        h = boxes[:, 3] * np.hypot(scale_x * sin, scale_y * cos)
+        return np.column_stack([centre, w, h, np.arctan2(scale_x * sin, scale_y * cos)])
 
 
 def preprocess(image: np.ndarray, size: InputSize, settings: Preprocess) -> tuple[np.ndarray, Transform]:

@@ -11,11 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from alignment.data.coco import CocoDataset, ImageEntry, read_image
+from alignment.data.dota import open_dota
 from alignment.data.preprocess import Transform, preprocess
 from alignment.data.synthetic import synthetic_root
+from alignment.data.synthetic_rotated import synthetic_rotated_root
 from alignment.errors import AlignError
 from alignment.storage import data_dir
 from alignment.variant import Variant
+
+#: Below ``ALIGN_DATA``.
+FOLDERS = {"coco": "coco", "dota": "dota8"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Samples:
 
     def __init__(self, variant: Variant, dataset: CocoDataset) -> None:
         dataset.require_classes(variant.classes, variant.name)
+        if variant.rotated:
+            dataset.require_rotated(variant.name)
         self.variant, self.dataset = variant, dataset
 
     def __len__(self) -> int:
@@ -62,13 +69,23 @@ class Samples:
 
 
 def dataset_root(variant: Variant, data: Path | None = None) -> Path | None:
-    """Where the variant's images are: `data`, else the embedded set, else ``$ALIGN_DATA/coco``; None if not there."""
+    """Where the variant's images are, None if they are not there.
+
+    An embedded set is drawn; the others are below ``ALIGN_DATA``, and `data` stands for COCO.
+    """
     if variant.dataset == "synthetic":
         return synthetic_root()
-    if data is not None:
+    if variant.dataset == "synthetic_rotated":
+        return synthetic_rotated_root()
+    if variant.dataset == "coco" and data is not None:
         return data
-    default = data_dir() / "coco"
+    default = data_dir() / FOLDERS[variant.dataset]
     return default if default.is_dir() else None
+
+
+def images_mend(variant: Variant) -> str:
+    """What helps where the variant's images are not there."""
+    return "give --data DIR or set ALIGN_DATA" if variant.dataset == "coco" else "set ALIGN_DATA"
 
 
 def open_samples(variant: Variant, data: Path | None = None, limit: int | None = None) -> Samples:
@@ -76,7 +93,8 @@ def open_samples(variant: Variant, data: Path | None = None, limit: int | None =
     root = dataset_root(variant, data)
     if root is None:
         raise AlignError(
-            f"{variant.name}: no images: {data_dir() / 'coco'} does not exist",
-            "give --data DIR or set ALIGN_DATA",
+            f"{variant.name}: no images: {data_dir() / FOLDERS[variant.dataset]} does not exist", images_mend(variant)
         )
+    if variant.dataset == "dota":
+        return Samples(variant, open_dota(root, limit))
     return Samples(variant, CocoDataset.open(root, "val2017", limit))

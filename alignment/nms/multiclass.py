@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignment.data.preprocess import Transform
+from alignment.nms.rotated import rotated_nms_by_class
 from alignment.variant import Nms
+
+# Boxes settled at a time: their pairs with up to 300 kept ones stay in the CPU's cache.
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,8 @@ class Detections:
     """Detections of one image, by falling score.
 
     Attributes:
-        boxes: ``[n, 4] float32``, x1, y1, x2, y2 in pixels of the original image.
+        boxes: ``[n, 4] float32``, x1, y1, x2, y2 in pixels of the original image; rotated ones ``[n, 5]``: cx, cy, w, h
+            and the angle in radians.
         scores: ``[n] float32``.
         labels: ``[n] int32`` class indices.
         rows: ``[n] int32``, which of the N priors each comes from.
@@ -59,12 +64,13 @@ def postprocess(boxes: np.ndarray, scores: np.ndarray, transform: Transform, set
     """Threshold, TopK, back to the original image, NMS by class, cap, clip: in mmyolo's order.
 
     Args:
-        boxes: ``[N, 4]`` in pixels of the network input.
+        boxes: ``[N, 4]``, rotated ones ``[N, 5]``, in pixels of the network input.
         scores: ``[N, C]``.
     """
     rows, labels, values = candidates(scores, settings)
     placed = transform.to_original(boxes[rows].astype(np.float32))
-    kept = nms_by_class(placed, labels, settings.iou_threshold, settings.max_per_image)
+    nms = rotated_nms_by_class if placed.shape[1] == 5 else nms_by_class
+    kept = nms(placed, labels, settings.iou_threshold, settings.max_per_image)
     return Detections(
         transform.clip(placed[kept]), values[kept].astype(np.float32, copy=False), labels[kept], rows[kept]
     )
@@ -81,28 +87,33 @@ def nms_by_class(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float, li
     Returns:
         Indices of the kept boxes, rising.
     """
-    # Grouped by class, still by falling score within each: a box's rivals are then one contiguous slice.
-    grouped = np.argsort(labels, kind="stable")
-    place = np.empty(len(boxes), np.int64)
-    place[grouped] = np.arange(len(boxes))
-    ends = np.searchsorted(labels[grouped], labels, side="right")
-    x1, y1, x2, y2 = np.ascontiguousarray(boxes[grouped].T)
-    areas = (x2 - x1) * (y2 - y1)
-    alive = np.ones(len(boxes), bool)
-    kept: list[int] = []
+    corners = np.ascontiguousarray(boxes.T)
+    kept = np.empty(0, np.int64)
+    for start in range(0, len(boxes), _BLOCK):
+        if len(kept) >= limit:
+            break
+        # What earlier boxes leave of a block is settled within it.
+        block = np.arange(start, min(start + _BLOCK, len(boxes)))
+        gone = _overlap(corners[:, kept], corners[:, block], iou_threshold) & (labels[kept, None] == labels[block])
+        block = block[~gone.any(0)]
+        rivals = _overlap(corners[:, block], corners[:, block], iou_threshold) & (labels[block, None] == labels[block])
+        rivals = np.triu(rivals, 1)
+        alive = np.ones(len(block), bool)
+        for index in np.flatnonzero(rivals.any(1)):
+            if alive[index]:
+                alive &= ~rivals[index]
+        kept = np.concatenate([kept, block[alive]])
+    return kept[:limit]
+
+
+def _overlap(a: np.ndarray, b: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether the IoU of each box of `a` ``[4, n]`` with each of `b` ``[4, m]`` exceeds the threshold: ``[n, m]``."""
+    ax1, ay1, ax2, ay2 = a[:, :, None]
+    bx1, by1, bx2, by2 = b
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 of two empty boxes compares as no overlap
-        for index, (start, end) in enumerate(zip(place.tolist(), ends.tolist(), strict=True)):
-            if not alive[start]:
-                continue
-            kept.append(index)
-            if len(kept) == limit:
-                break
-            rivals = slice(start + 1, end)
-            width = np.minimum(x2[start], x2[rivals]) - np.maximum(x1[start], x1[rivals])
-            height = np.minimum(y2[start], y2[rivals]) - np.maximum(y1[start], y1[rivals])
-            overlap = np.maximum(width, 0) * np.maximum(height, 0)
-            alive[rivals] &= ~(overlap / (areas[start] + areas[rivals] - overlap) > iou_threshold)
-    return np.array(kept, np.int64)
+        width, height = np.minimum(ax2, bx2) - np.maximum(ax1, bx1), np.minimum(ay2, by2) - np.maximum(ay1, by1)
+        common = np.maximum(width, 0) * np.maximum(height, 0)
+        return common / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - common) > threshold
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:

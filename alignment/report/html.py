@@ -125,7 +125,10 @@ def key(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class DrawnBox:
-    """One rectangle of the overlay, in pixels of the original image; `tag` names boxes the other side lacks."""
+    """One box of the overlay, in pixels of the original image; `tag` names boxes the other side lacks.
+
+    `points` are the corners of a rotated one, as SVG has them; the rectangle is then the upright one around it.
+    """
 
     side: Literal["reference", "subject"]
     x: float
@@ -135,6 +138,7 @@ class DrawnBox:
     matched: bool
     text: str
     tag: str
+    points: str = ""
 
 
 def drawn(image: WorstImage) -> list[DrawnBox]:
@@ -148,14 +152,20 @@ def drawn(image: WorstImage) -> list[DrawnBox]:
         lonely = 0
         for box in detections:
             lonely += not box.matched
-            if not all(map(math.isfinite, box.xyxy)):
+            around = [value for corner in box.corners or () for value in corner]
+            if not all(map(math.isfinite, (*box.xyxy, *around))):
                 continue
-            x1, y1, x2, y2 = (min(max(value, -_FAR), _FAR) for value in box.xyxy)
+            x1, y1, x2, y2 = map(_near, box.xyxy)
+            points = " ".join(f"{_near(x)},{_near(y)}" for x, y in box.corners or ())
             tag = "" if box.matched else f"{side[0].upper()}{lonely}"
             text = f"{box.label_name or f'class {box.label}'} {box.score:.3f}"
             rectangle = (min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1))
-            boxes.append(DrawnBox(side, *rectangle, box.matched, text, tag))
+            boxes.append(DrawnBox(side, *rectangle, box.matched, text, tag, points))
     return sorted(boxes, key=lambda box: not box.matched)
+
+
+def _near(value: float) -> float:
+    return min(max(value, -_FAR), _FAR)
 
 
 def tag_size(image: WorstImage) -> float:

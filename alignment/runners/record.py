@@ -2,8 +2,8 @@
 
 A record is a pair of files, ``<case>.npz`` and ``<case>.json``.  It holds, for every image, all detections and up to
 `CANDIDATES` (prior, class) pairs of score ≥ 0.001; for `FULL_IMAGES` images all decoded boxes and scores, in fixed
-point (`BOX_STEP`, `SCORE_STEP`); and, in the JSON, the error statistics of every stage over all images as they were
-measured where the record was made.
+point (`STEPS`: pixels, radians, probability); and, in the JSON, the error statistics of every stage over all images as
+they were measured where the record was made.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ CANDIDATES = 256
 CANDIDATE_SCORE = 0.001
 FULL_IMAGES = 2
 BOX_STEP = 2.0**-10
+ANGLE_STEP = 2.0**-20
 SCORE_STEP = 2.0**-20
+STEPS = {"boxes": BOX_STEP, "angles": ANGLE_STEP, "scores": SCORE_STEP}
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Pairs of one image before NMS, by falling score: ``rows`` and ``labels`` int32, ``boxes`` float32 in pixels of
-    the network input, ``scores`` float32."""
+    the network input (rotated ones with their angle in radians), ``scores`` float32."""
 
     rows: np.ndarray
     labels: np.ndarray
@@ -48,7 +50,7 @@ class Record:
         digests: image id → digest of the input bytes, in the order of the run.
         detections: by image id.
         candidates: by image id.
-        full: image id → (boxes ``[N, 4]``, scores ``[N, C]``).
+        full: image id → (boxes ``[N, 4]`` or rotated ``[N, 5]``, scores ``[N, C]``).
         result: the verdict where the record was made, with its statistics and provenance; None for a reference that
             was not judged itself.
         identity: what the record depends on: variant fingerprint, digest of the weights.
@@ -62,8 +64,13 @@ class Record:
     full: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     result: CaseResult | None = None
 
+    @property
+    def rotated(self) -> bool:
+        """Whether its boxes have an angle."""
+        return any(boxes.shape[1] == 5 for boxes, _ in self.full.values())
+
     def add(self, image: int, digest: str, boxes: np.ndarray, scores: np.ndarray, detections: Detections) -> None:
-        """Adds one image: decoded `boxes` ``[N, 4]`` and `scores` ``[N, C]``, and its detections."""
+        """Adds one image: decoded `boxes` ``[N, 4 or 5]`` and `scores` ``[N, C]``, and its detections."""
         self.digests[image] = digest
         self.detections[image] = detections
         self.candidates[image] = best_candidates(boxes, scores)
@@ -81,13 +88,13 @@ class Record:
             for key in ("boxes", "scores", "labels", "rows"):
                 arrays[f"{name}_{key}"] = np.concatenate([getattr(p, key) for p in parts])
         for image, (boxes, scores) in self.full.items():
-            arrays[f"full_{image}_boxes"] = np.rint(boxes / BOX_STEP).astype(np.int32)
+            arrays[f"full_{image}_boxes"] = np.rint(boxes / _box_steps(STEPS, boxes)).astype(np.int32)
             arrays[f"full_{image}_scores"] = np.rint(scores / SCORE_STEP).astype(np.int32)
         fields = {
             "record_version": RECORD_VERSION,
             "case": self.case,
             "identity": self.identity,
-            "steps": {"boxes": BOX_STEP, "scores": SCORE_STEP},
+            "steps": {name: step for name, step in STEPS.items() if name != "angles" or self.rotated},
             "digests": {str(i): d for i, d in self.digests.items()},
             "result": self.result.model_dump(mode="json") if self.result else None,
         }
@@ -137,7 +144,8 @@ class Record:
             table.update(zip(images, rows, strict=True))
         for image in images:
             if f"full_{image}_boxes" in arrays:
-                boxes = (arrays[f"full_{image}_boxes"] * steps["boxes"]).astype(np.float32)
+                stored = arrays[f"full_{image}_boxes"]
+                boxes = (stored * _box_steps(steps, stored)).astype(np.float32)
                 scores = (arrays[f"full_{image}_scores"] * steps["scores"]).astype(np.float32)
                 self.full[image] = boxes, scores
 
@@ -151,6 +159,11 @@ def best_candidates(boxes: np.ndarray, scores: np.ndarray) -> Candidates:
     return Candidates(
         rows.astype(np.int32), labels.astype(np.int32), boxes[rows].astype(np.float32), values[flat].astype(np.float32)
     )
+
+
+def _box_steps(steps: dict[str, float], boxes: np.ndarray) -> np.ndarray:
+    """The step of each column of `boxes` ``[N, 4]`` or ``[N, 5]``."""
+    return np.array([steps[name] for name in ["boxes"] * 4 + ["angles"] * (boxes.shape[1] - 4)])
 
 
 def record_path(folder: Path, case: str) -> Path:

@@ -1,0 +1,45 @@
+"""DOTA tiles with their quadrilaterals: ``dota8.json`` (COCO's fields and ``poly``) and ``images/``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from alignment.data.coco import CocoDataset
+from alignment.errors import AlignError
+
+
+def open_dota(root: Path, limit: int | None = None) -> CocoDataset:
+    """Reads the tiles; every annotation gets ``rbox``, the smallest rectangle around its ``poly``.
+
+    Args:
+        root: the folder that holds ``dota8.json`` and ``images``.
+        limit: take the first so many images only.
+
+    Raises:
+        AlignError: naming the file that is missing, unreadable or does not fit.
+    """
+    path, layout = root / "dota8.json", "give a folder with dota8.json and images/ as ALIGN_DATA/dota8"
+    dataset = CocoDataset.read(path, root / "images", root, "dota8", layout, limit)
+    for entry in dataset.truth["annotations"]:
+        try:
+            points = np.array(entry["poly"], np.float32).reshape(4, 2)
+        except (KeyError, TypeError, ValueError):
+            what = f"{path}: annotation {entry.get('id')}: poly is not x and y of four corners"
+            raise AlignError(what, layout) from None
+        entry["rbox"] = smallest_rectangle(points)
+    return dataset
+
+
+def smallest_rectangle(points: np.ndarray) -> list[float]:
+    """The rotated box of least area around points ``[n, 2] float32``, as mmrotate's ``qbox2rbox`` and ``le90``.
+
+    cx, cy, w, h and the angle in radians: w >= h, the angle in [-pi/2, pi/2).
+    """
+    (x, y), (w, h), degrees = cv2.minAreaRect(points)
+    angle = np.deg2rad(degrees)
+    if w <= h:
+        w, h, angle = h, w, angle + np.pi / 2
+    return [x, y, w, h, float((angle + np.pi / 2) % np.pi - np.pi / 2)]

@@ -10,7 +10,7 @@ from alignment.results import CaseId
 from alignment.variant import Variant
 
 Backend = Literal["torch", "onnxruntime", "tensorrt"]
-Precision = Literal["fp32", "tf32"]
+Precision = Literal["fp32", "tf32", "fp16"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -37,7 +37,7 @@ class Case:
 
 
 def cases_of(variant: Variant, backends: tuple[str, ...], precisions: tuple[str, ...]) -> list[Case]:
-    """The cases of one variant; TF32 exists on TensorRT only, torch only where the variant has a torch model.
+    """The cases of one variant; TF32 exists on TensorRT only, torch where the variant has a torch model, in FP32 only.
 
     Raises:
         AlignError: for a backend or precision that does not exist.
@@ -52,7 +52,7 @@ def cases_of(variant: Variant, backends: tuple[str, ...], precisions: tuple[str,
         for precision in PRECISIONS
         if backend in backends
         and precision in precisions
-        and (backend != "torch" or variant.has_torch)
+        and (backend != "torch" or (variant.has_torch and precision == "fp32"))
         and (precision != "tf32" or backend == "tensorrt")
     ]
 

@@ -1,4 +1,4 @@
-"""``align``: run, export, layers, variants, doctor, synthetic.
+"""``align``: run, table, export, layers, variants, doctor, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -27,11 +27,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
-from alignment.variant import Variant, golden_dir, load_variant, zoo
+from alignment.variant import Variant, golden_dir, load_variant, resized, zoo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 out = Console(highlight=False, soft_wrap=True)
@@ -39,6 +39,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Data = Annotated[Path | None, typer.Option(help="COCO-layout root, for variants on COCO; default $ALIGN_DATA/coco")]
 Images = Annotated[int | None, typer.Option(min=1, help="the first so many images only")]
+Size = Annotated[
+    str | None, typer.Option(metavar="HxW", help="another input size, 416 or 384x640; default: the variant's own")
+]
 Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
 
 
@@ -66,9 +69,11 @@ def run(
         list[str] | None, typer.Argument(help="names or YAML files; default: the embedded ones")
     ] = None,
     backend: Annotated[str, typer.Option(help="comma-separated")] = "torch,onnxruntime,tensorrt",
-    precision: Annotated[str, typer.Option(help="comma-separated: fp32, tf32")] = "fp32",
+    precision: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, fp16")] = "fp32",
     data: Data = None,
     images: Images = None,
+    size: Size = None,
+    batch: Annotated[int, typer.Option(min=1, help="images that go through a backend at once")] = 1,
     out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
     golden: Golden = None,
     records: Annotated[Path | None, typer.Option(help="write records of this run into this folder")] = None,
@@ -85,10 +90,11 @@ def run(
     from alignment.report.run_folder import write_run
 
     folder = golden or golden_dir()
-    chosen = [load_variant(name) for name in variants] if variants else embedded()
+    chosen = [_sized(v, size) for v in (map(load_variant, variants) if variants else embedded())]
     plan = [(v, cases_of(v, _split(backend), _split(precision))) for v in chosen]
     with tempfile.TemporaryDirectory(prefix="align-run-") as staging:
-        options = session.SessionOptions(data, images, RunOptions(golden=folder, out=Path(staging), records=records))
+        how = RunOptions(golden=folder, out=Path(staging), records=records, batch=batch)
+        options = session.SessionOptions(data, images, how)
         for variant, cases in plan:
             session.require(variant, cases, options)
         alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
@@ -112,12 +118,23 @@ def run(
 
 @app.command()
 @_reported
+def table(run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders that runs wrote")]) -> None:
+    """Print RUNs as one Markdown table: a row a variant, a column a backend and precision."""
+    from alignment.report.markdown import to_markdown
+    from alignment.report.run_folder import merge, read_run
+
+    out.print(to_markdown(merge([read_run(folder) for folder in run_dirs])), markup=False, end="")
+
+
+@app.command()
+@_reported
 def export(
     variant: str,
     out_dir: Annotated[Path, typer.Option("--out", help="folder for the ONNX file and its node map")] = Path("."),
     opset: Annotated[int, typer.Option(help="13 to 17")] = 17,
     batch: Annotated[int | None, typer.Option(help="fixed batch size; default: dynamic")] = None,
     outputs: Annotated[str, typer.Option(help="decoded, raw or both")] = "decoded",
+    size: Size = None,
 ) -> None:
     """Export a variant to ONNX, with its node map beside it."""
     from alignment.export.onnx_export import ExportOptions
@@ -125,7 +142,8 @@ def export(
 
     if outputs not in ("decoded", "raw", "both"):
         raise AlignError(f"--outputs {outputs}: no such choice", "choose from decoded, raw, both")
-    model = write(load_variant(variant), out_dir, ExportOptions(opset, batch, outputs))  # type: ignore[arg-type]
+    chosen = _sized(load_variant(variant), size)
+    model = write(chosen, out_dir, ExportOptions(opset, batch, outputs))  # type: ignore[arg-type]
     out.print(f"wrote {model.onnx}\nwrote {model.node_map}", markup=False)
 
 
@@ -134,7 +152,7 @@ def export(
 def layers(
     variant: str,
     backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt")] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="fp32 or tf32")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, or on tensorrt tf32")] = "fp32",
     data: Data = None,
     show: Annotated[int, typer.Option(help="how many of the tensors furthest out of the band to list")] = 10,
 ) -> None:
@@ -142,24 +160,35 @@ def layers(
     from alignment.case import Case, cases_of
     from alignment.data.samples import open_samples
     from alignment.export.onnx_export import exported
-    from alignment.layers import compare_layers, first_outside
+    from alignment.layers import RANGE, compare_layers, first_outside, first_range_fault
     from alignment.runners.open import open_model
 
     chosen = load_variant(variant)
     cases: list[Case] = cases_of(chosen, (backend,), (precision,))
     if not cases or backend == "torch":
-        raise AlignError(f"no layers to compare for {backend} {precision}", "choose onnxruntime fp32, or tensorrt")
+        raise AlignError(
+            f"no layers to compare for {backend} {precision}", "choose onnxruntime with fp32 or fp16, or tensorrt"
+        )
     sample = next(iter(open_samples(chosen, data, 1)))
-    found = compare_layers(exported(chosen).onnx, lambda path: open_model(path, cases[0]), sample.tensor[None])
+    found = compare_layers(
+        exported(chosen).onnx, lambda path: open_model(path, cases[0]), sample.tensor[None], cases[0].precision
+    )
     worst = sorted(found, key=lambda layer: layer.error / layer.band if layer.band else 0.0, reverse=True)
     table = Table("node", "op", "error", "band", "error / band", title=f"{cases[0].id}: {len(found)} tensors")
     for layer in worst[:show]:
         ratio = layer.error / layer.band if layer.band else 0.0
         table.add_row(layer.node, layer.op, f"{layer.error:.3g}", f"{layer.band:.3g}", f"{ratio:.2f}")
     out.print(table)
-    first = first_outside(found)
+    first, fault = first_outside(found), first_range_fault(found)
     if first:
-        out.print(f"first outside the float64 band: {first.node} ({first.op}), tensor {first.tensor}", markup=False)
+        out.print(f"first outside the float64 band: {first.place}", markup=False)
+    if fault and fault.range_fault:
+        out.print(
+            f"first {fault.range_fault} of float16: {fault.place}: {fault.low:.3g} to {fault.high:.3g} in float64; "
+            f"{RANGE[fault.range_fault]}: keep that node in float32, and those up to where the values fit again",
+            markup=False,
+        )
+    if first or fault:
         raise typer.Exit(1)
     out.print("every tensor is inside the float64 band")
 
@@ -170,7 +199,7 @@ def variants() -> None:
     """List the variants of the zoo, and whether they can run here."""
     from alignment.session import unavailable
 
-    table = Table("variant", "source", "input", "classes", "dataset", "here")
+    table = Table(Column("variant", no_wrap=True), "source", "input", "classes", "dataset", "here")
     for path in zoo():
         v = load_variant(path)
         source = v.source.config if v.source.kind == "mmyolo" else v.source.file.name
@@ -205,6 +234,15 @@ def synthetic() -> None:
 def embedded() -> list[Variant]:
     """The variants that need nothing beyond the repository."""
     return [v for v in map(load_variant, zoo()) if v.embedded]
+
+
+def _sized(variant: Variant, size: str | None) -> Variant:
+    if size is None:
+        return variant
+    sides = size.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise AlignError(f"--size {size}: not a size in pixels", "give one such as 416 or 384x640")
+    return resized(variant, int(sides[0]), int(sides[-1]))
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 
-from alignment.runners.base import Runner
+from alignment.case import Precision
+from alignment.export.float16 import split
+from alignment.export.onnx_export import node_map_path
+from alignment.runners.base import Runner, filled
 from alignment.runners.evaluator import OnnxEvaluator
 
 #: The subject may be this many times as far from float64 as plain float32 arithmetic on the same nodes: other
 #: backends sum in another order, fuse nodes and approximate exp.
 BAND_FACTOR = 16.0
+#: The same for float16, whose sums are made in float32: ONNX Runtime comes to 0.6 of this band at most, on 11 models.
+HALF_BAND_FACTOR = 4.0
+HALF = np.finfo(np.float16)
+RangeFault = Literal["overflow", "underflow"]
+#: What float16 cannot do with such values.
+RANGE: dict[RangeFault, str] = {
+    "overflow": f"float16 ends at {HALF.max:.0f}",
+    "underflow": f"float16 loses bits below {HALF.smallest_normal:.2g}",
+}
 
 
 @dataclass(frozen=True)
@@ -26,8 +40,12 @@ class LayerError:
         node, op: the ONNX node that makes it.
         tensor: its name.
         error: largest distance of the subject from float64.
-        band: the largest distance that float32 explains here, `BAND_FACTOR` × plain float32's own.
-        magnitude: largest absolute value, in float64.
+        band: the largest distance that float32 explains here, `BAND_FACTOR` × plain float32's own; in FP16
+            `HALF_BAND_FACTOR` × 2^13 × that, as float16's mantissa is 13 bits shorter.
+        low, high: smallest and largest value, in float64.
+        module: the torch module behind the node, empty where none is known.
+        range_fault: in FP16, ``overflow`` where float16 cannot hold the values and ``underflow`` where most of them lie
+            below its normal numbers and the error shows it.
     """
 
     node: str
@@ -35,42 +53,73 @@ class LayerError:
     tensor: str
     error: float
     band: float
-    magnitude: float
+    low: float
+    high: float
+    module: str = ""
+    range_fault: RangeFault | None = None
+
+    @property
+    def magnitude(self) -> float:
+        """Largest absolute value, in float64."""
+        return max(-self.low, self.high)
 
     @property
     def inside(self) -> bool:
-        """Whether float32 explains the error."""
+        """Whether the precision explains the error."""
         return self.error <= self.band
 
+    @property
+    def place(self) -> str:
+        """Node, operator, module and tensor in words."""
+        module = f" of module {self.module}" if self.module else ""
+        return f"{self.node} ({self.op}){module}, tensor {self.tensor}"
 
-def compare_layers(model: Path, open_subject: Callable[[Path], Runner], batch: np.ndarray) -> list[LayerError]:
+
+def compare_layers(
+    model: Path, open_subject: Callable[[Path], Runner], batch: np.ndarray, precision: Precision = "fp32"
+) -> list[LayerError]:
     """Holds every float tensor of a graph to float64.
 
     Args:
-        model: ONNX file.
+        model: ONNX file; a node map beside it gives the modules.
         open_subject: opens the backend on a file; it gets the graph with every float tensor marked as output, which
             keeps some backends from fusing across it.
         batch: ``[B, 3, H, W] float32``.
+        precision: that the subject runs in; ``fp16`` has a wider band, and a range to stay in.
 
     Returns:
         One entry a tensor, in the order of the graph.
     """
     graph = onnx.load(model)
-    plain = OnnxEvaluator(graph, "float32").tensors(batch)
+    evaluator = OnnxEvaluator(graph, "float32")
+    batch = filled(batch, evaluator.fixed_batch or len(batch))
+    plain = evaluator.tensors(batch)
     truth = OnnxEvaluator(graph, "float64").tensors(batch)
-    floats = {n for n, v in plain.items() if isinstance(v, np.ndarray) and v.dtype == np.float32}
+    # How many boxes an NMS keeps may hang on a rounding: what follows it has nothing to be compared with then.
+    same = {n for n, v in plain.items() if isinstance(v, np.ndarray) and v.shape == np.shape(truth[n])}
+    floats = {n for n in same if plain[n].dtype == np.float32}
     made = [(node, name) for node in graph.graph.node for name in node.output if name in floats]
     with tempfile.TemporaryDirectory() as folder:
         marked = Path(folder) / model.name
         onnx.save(mark_outputs(graph, [name for _, name in made]), marked)
         with open_subject(marked) as subject:
             ours = subject.run(batch)
-    return [_layer(node, name, ours[name], plain[name], truth[name]) for node, name in made]
+    modules = _modules(model)
+    halves = {name for node in split(graph.graph)[0] for name in node.output} if precision == "fp16" else None
+    return [
+        _layer(node, name, ours[name], plain[name], truth[name], modules.get(node.name, ""), halves)
+        for node, name in made
+    ]
 
 
 def first_outside(layers: list[LayerError]) -> LayerError | None:
-    """The first tensor whose error float32 does not explain."""
+    """The first tensor whose error the precision does not explain."""
     return next((layer for layer in layers if not layer.inside), None)
+
+
+def first_range_fault(layers: list[LayerError]) -> LayerError | None:
+    """The first tensor that float16 has no range for."""
+    return next((layer for layer in layers if layer.range_fault), None)
 
 
 def mark_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
@@ -86,11 +135,39 @@ def mark_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     return marked
 
 
-def _layer(node: onnx.NodeProto, name: str, ours: np.ndarray, plain: np.ndarray, truth: np.ndarray) -> LayerError:
-    magnitude = float(np.abs(truth).max(initial=0.0))
-    own = float(np.abs(plain - truth).max(initial=0.0))
+def _modules(model: Path) -> dict[str, str]:
+    """Node name → module, by the node map beside an exported graph."""
+    path = node_map_path(model)
+    if not path.is_file():
+        return {}
+    return {name: entry["module"] for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _layer(
+    node: onnx.NodeProto,
+    name: str,
+    ours: np.ndarray,
+    plain: np.ndarray,
+    truth: np.ndarray,
+    module: str,
+    halves: set[str] | None,
+) -> LayerError:
+    """`halves`: the tensors that are float16 in FP16, None in another precision."""
+    low, high = (float(truth.min()), float(truth.max())) if truth.size else (0.0, 0.0)
+    own, epsilon = float(np.abs(plain - truth).max(initial=0.0)), float(np.finfo(np.float32).eps)
     # A tensor that plain float32 gets exactly, a Reshape's say, still carries half a rounding of its inputs.
-    band = BAND_FACTOR * max(own, float(np.finfo(np.float32).eps) * magnitude)
-    distance = np.abs(ours - truth)
+    factor = BAND_FACTOR if halves is None else HALF_BAND_FACTOR * float(HALF.eps) / epsilon
+    band = factor * max(own, epsilon * max(-low, high))
+    distance = np.abs(ours - truth) if ours.shape == truth.shape else np.array(np.inf)
     error = float(distance.max(initial=0.0)) if np.isfinite(distance).all() else float("inf")
-    return LayerError(node.name, node.op_type, name, error, band, magnitude)
+    fault = _range_fault(ours, truth, name in halves, error > band) if halves is not None else None
+    return LayerError(node.name, node.op_type, name, error, band, low, high, module, fault)
+
+
+def _range_fault(ours: np.ndarray, truth: np.ndarray, half: bool, outside: bool) -> RangeFault | None:
+    """`half`: the tensor is float16, so its range counts even where the backend happens to keep more."""
+    magnitudes = np.abs(truth[truth != 0])
+    if not np.isfinite(ours).all() or (half and magnitudes.max(initial=0.0) > HALF.max):
+        return "overflow"
+    tiny = bool(magnitudes.size) and float(np.median(magnitudes)) < HALF.smallest_normal
+    return "underflow" if half and tiny and outside else None

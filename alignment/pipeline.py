@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,11 +21,14 @@ from alignment.compare.verdict import first_difference, judge, wrong_side
 from alignment.data.coco import read_image
 from alignment.data.samples import Sample, Samples
 from alignment.golden import limits, read_golden
-from alignment.models.outputs import Outputs, to_outputs
-from alignment.nms.multiclass import Detections, postprocess
-from alignment.results import Box, CaseResult, Scores, Timing, WorstImage
+from alignment.models.onnx_heads import require_plausible
+from alignment.models.outputs import ENDS_IN_NMS, Outputs, detections_of, to_outputs
+from alignment.nms.multiclass import Detections
+from alignment.nms.rotated import corners
+from alignment.referee import Referee
+from alignment.results import Box, CaseResult, Scores, StageName, Timing, WorstImage
 from alignment.runners.base import Runner
-from alignment.runners.open import open_referee, open_runner
+from alignment.runners.open import open_runner
 from alignment.runners.record import Record
 from alignment.storage import writing
 from alignment.variant import Variant, golden_dir
@@ -40,31 +46,37 @@ class RunOptions:
         out: the RUN folder that receives pictures, or None.
         records: folder to write records of this run into, or None.
         referee_images: on how many images float64 is run, spread evenly.
+        batch: how many images go through a backend at once.
     """
 
     golden: Path = field(default_factory=golden_dir)
     out: Path | None = None
     records: Path | None = None
     referee_images: int = 3
+    batch: int = 1
 
 
 @dataclass
 class _Side:
-    """One runner and all that it answered."""
+    """One runner and all that it answered; `equal_inputs` counts the images that it got, and left, unchanged."""
 
     case: Case
     runner: Runner
     inference_s: float = 0.0
+    equal_inputs: int = 0
     detections: dict[int, Detections] = field(default_factory=dict)
     errors: TensorErrors = field(default_factory=TensorErrors)
     record: Record | None = None
 
-    def run(self, sample: Sample, variant: Variant) -> Outputs:
-        """One image through the backend; only the backend itself is on the clock."""
+    def run(self, given: np.ndarray, variant: Variant) -> list[Outputs]:
+        """A batch ``[B, 3, H, W]`` through the backend, answered image by image; only the backend is on the clock."""
+        # A backend that writes into its own copy spoils it for no other one, and is found out afterwards.
+        batch = given.copy()
         start = time.perf_counter()
-        named = self.runner.run(sample.tensor[None])
+        named = self.runner.run(batch)
         self.inference_s += time.perf_counter() - start
-        return to_outputs(named, variant)
+        self.equal_inputs += int((batch.view(np.int32) == given.view(np.int32)).all(axis=(1, 2, 3)).sum())
+        return to_outputs(named, variant, len(batch)).images()
 
 
 def align_live(
@@ -91,26 +103,23 @@ def align_live(
     options = options or RunOptions()
     clock = [time.perf_counter()]
     wanted = {case: None for case in [reference_of(variant), *cases]}
-    sides = [_Side(case, open_runner(variant, case)) for case in wanted]
-    reference = sides[0]
-    if options.records:
-        identity = record_identity(variant, reference.runner)
-        for side in sides:
-            side.record = Record(side.case.id, identity)
-    try:
-        referee = open_referee(variant, reference.runner)
+    with ExitStack() as opened:
+        sides = [_Side(case, opened.enter_context(open_runner(variant, case, options.batch))) for case in wanted]
+        reference = sides[0]
+        if options.records:
+            identity = record_identity(variant, reference.runner)
+            for side in sides:
+                side.record = Record(side.case.id, identity)
+        referee = Referee.open(variant, reference.runner)
         clock.append(time.perf_counter())
-        referee_s = _run_images(variant, sides, referee, samples, options, progress)
+        _run_images(variant, sides, referee, samples, options, progress)
         clock.append(time.perf_counter())
-        results = _judge_sides(variant, sides, samples, options)
-    finally:
-        for side in sides:
-            side.runner.close()
+        results = _judge_sides(variant, sides, referee, samples, options)
     bare = sum(side.inference_s for side in sides)
     clock.append(time.perf_counter())
     seconds = dict(zip(("start_s", "images_s", "judge_s"), np.diff(clock).tolist(), strict=True))
     by_id = {result.case.id: result for result in results}
-    return [by_id[case.id] for case in cases], {**seconds, "bare_s": bare, "referee_s": referee_s}
+    return [by_id[case.id] for case in cases], {**seconds, "bare_s": bare, "referee_s": referee.seconds}
 
 
 def record_identity(variant: Variant, reference: Runner) -> dict[str, str]:
@@ -122,47 +131,55 @@ def record_identity(variant: Variant, reference: Runner) -> dict[str, str]:
 def _run_images(
     variant: Variant,
     sides: list[_Side],
-    referee: Runner | None,
+    referee: Referee,
     samples: Samples,
     options: RunOptions,
     progress: Callable[[int], None] | None,
-) -> float:
+) -> None:
     chosen = set(np.linspace(0, len(samples) - 1, min(options.referee_images, len(samples))).astype(int).tolist())
-    referee_s = 0.0
-    for index, sample in enumerate(samples):
-        outputs = [side.run(sample, variant) for side in sides]
-        truth = None
-        if referee and index in chosen:
-            start = time.perf_counter()
-            truth = to_outputs(referee.run(sample.tensor[None]), variant)
-            referee_s += time.perf_counter() - start
+    for index, (sample, outputs) in enumerate(_answered(variant, sides, samples, options.batch)):
+        if not variant.has_torch and not variant.ends_in_nms and index == 0:
+            require_plausible(outputs[0].boxes, outputs[0].scores, variant)
+        truth = referee.run(sample, variant) if index in chosen else None
         for side, out in zip(sides, outputs, strict=True):
             side.errors.add(out, None if side is sides[0] else outputs[0], truth)
-            found = postprocess(out.boxes[0], out.scores[0], sample.transform, variant.nms)
+            found = detections_of(out, sample.transform, variant)
             side.detections[sample.entry.id] = found
             if side.record:
                 side.record.add(sample.entry.id, sample.digest, out.boxes[0], out.scores[0], found)
         if progress:
             progress(index + 1)
-    return referee_s
 
 
-def _judge_sides(variant: Variant, sides: list[_Side], samples: Samples, options: RunOptions) -> list[CaseResult]:
+def _answered(
+    variant: Variant, sides: list[_Side], samples: Samples, size: int
+) -> Iterator[tuple[Sample, tuple[Outputs, ...]]]:
+    """Each sample with what the sides say about it; `size` samples go through a backend at once."""
+    images = iter(samples)
+    while together := list(itertools.islice(images, size)):
+        batch = np.stack([sample.tensor for sample in together])
+        yield from zip(together, zip(*(side.run(batch, variant) for side in sides), strict=True), strict=True)
+
+
+def _judge_sides(
+    variant: Variant, sides: list[_Side], referee: Referee, samples: Samples, options: RunOptions
+) -> list[CaseResult]:
     reference = sides[0]
     golden = read_golden(options.golden, variant.name)
     scores = [coco_ap(samples.dataset, side.detections) for side in sides]
     results: list[CaseResult] = []
     for side, (ap, ap50) in zip(sides, scores, strict=True):
         is_reference = side is reference
-        agreements = {i: agree(reference.detections[i], found) for i, found in side.detections.items()}
+        others = referee.detections if is_reference and referee.detections else reference.detections
+        agreements = {i: agree(other, side.detections[i]) for i, other in others.items()}
         matched, total = count_agreement(list(agreements.values()))
         measured = Measured(
-            inputs=(len(samples), len(samples)),
+            inputs=(side.equal_inputs, len(samples)),
             tensors=side.errors.results(),
             matched=matched,
             total=total,
             scores=Scores(reference_ap=None if is_reference else scores[0][0], subject_ap=ap, subject_ap50=ap50),
-            notes={"detections": "this is the reference"} if is_reference else {},
+            notes=_notes(variant, is_reference and not referee.detections),
         )
         held_to = limits(golden, side.case, side.runner.provenance)
         stages = judge(measured, held_to, len(samples), samples.dataset.fingerprint)
@@ -178,8 +195,12 @@ def _judge_sides(variant: Variant, sides: list[_Side], samples: Samples, options
             scores=measured.scores,
             timing=Timing(inference_s=side.inference_s, images=len(samples)),
             warnings=side.runner.warnings,
-            notes=[variant.notes] if variant.notes else [],
-            provenance={**side.runner.provenance, "nms": variant.nms.model_dump()},
+            notes=[note for note in (variant.notes, referee.note) if note],
+            provenance={
+                **side.runner.provenance,
+                "batch": options.batch,
+                "nms": "in the graph" if variant.ends_in_nms else variant.nms.model_dump(),
+            },
             reference_provenance={} if is_reference else reference.runner.provenance,
         )
         result.reason = explain(result)
@@ -193,6 +214,12 @@ def _judge_sides(variant: Variant, sides: list[_Side], samples: Samples, options
     return results
 
 
+def _notes(variant: Variant, judges_itself: bool) -> dict[StageName, str]:
+    """Which stages have nothing to compare, and why."""
+    notes: dict[StageName, str] = {"detections": "this is the reference"} if judges_itself else {}
+    return {**notes, "raw": ENDS_IN_NMS, "decoded": ENDS_IN_NMS} if variant.ends_in_nms else notes
+
+
 def explain(result: CaseResult) -> str:
     """One line for people: what was reached, or where the case fails first and who is wrong."""
     # A replayed stage holds one quantity to its limit several times; the largest value speaks, as for errors.
@@ -201,7 +228,11 @@ def explain(result: CaseResult) -> str:
     if result.first_difference is None:
         parts = [
             f"{label} {values[name].value:.2g}{unit}"
-            for name, label, unit in (("boxes", "boxes within", " px"), ("scores", "scores within", ""))
+            for name, label, unit in (
+                ("boxes", "boxes within", " px"),
+                ("angles", "angles within", " rad"),
+                ("scores", "scores within", ""),
+            )
             if name in values
         ]
         if "agreement" in values:
@@ -216,7 +247,10 @@ def explain(result: CaseResult) -> str:
         "reference": f"; the reference {result.reference} is the side that is far from float64",
         "neither": "; both sides are equally near to float64",
     }.get(result.wrong_side or "", "")
-    return f"differs first at {stage.name}: {check.name} {check.value:.4g}, allowed {check.limit}{who}"
+    reason = f"differs first at {stage.name}: {check.name} {check.value:.4g}, allowed {check.limit}{who}"
+    if result.case.precision == "fp16":
+        reason += f"; `align layers {result.case.variant} --backend {result.case.backend} --precision fp16` says why"
+    return reason
 
 
 def explain_tf32(results: list[CaseResult]) -> None:
@@ -269,7 +303,7 @@ def boxes_of(found: Detections, matched: np.ndarray, names: list[str]) -> list[B
     strong = np.flatnonzero(found.scores >= SCORE)[: len(matched)]
     return [
         Box(
-            xyxy=tuple(round(float(v), 2) for v in found.boxes[i]),  # type: ignore[arg-type]
+            **_drawn_shape(found.boxes[i]),
             score=round(float(found.scores[i]), 5),
             label=int(found.labels[i]),
             label_name=names[int(found.labels[i])],
@@ -277,6 +311,13 @@ def boxes_of(found: Detections, matched: np.ndarray, names: list[str]) -> list[B
         )
         for i, ok in zip(strong, matched, strict=True)
     ]
+
+
+def _drawn_shape(box: np.ndarray) -> dict[str, Any]:
+    if len(box) == 4:
+        return {"xyxy": [round(float(v), 2) for v in box]}
+    around = np.round(corners(box.astype(np.float64)), 2)
+    return {"xyxy": [*around.min(0).tolist(), *around.max(0).tolist()], "corners": around.tolist()}
 
 
 def _write_picture(pixels: np.ndarray, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Options, markers and fixtures of the suite: ``pytest -m fp32_alignment --variant yolov8_n --data DIR``.
 
-A test that takes the fixture `aligned_case` is repeated for every case; the cases of one variant run together, once,
-in whichever worker asks first.
+A test that takes the fixture `aligned_case` is repeated for every case of the precisions that its marker names; the
+cases of one variant that were selected, of whatever precision, run together, once, in whichever worker asks first.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from typing import Any
 
 import pytest
 
-from alignment.case import Case, cases_of
+from alignment.case import BACKENDS, PRECISIONS, Case, cases_of
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
 from alignment.variant import Variant, golden_dir, load_variant, zoo
 
 MARKERS = {
     "fp32_alignment": "torch, ONNX Runtime and TensorRT give the same answers in FP32",
+    "fp16_alignment": "ONNX Runtime and TensorRT in FP16 find what torch finds in FP32",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
     "real_data": "needs the real checkpoints and images below ALIGN_DATA",
 }
+#: The precisions of the cases for which a test with such a marker is repeated.
+MARKED = {"fp32_alignment": ("fp32",), "fp16_alignment": ("fp16",)}
 _STORE = pytest.StashKey["Store"]()
+_SELECTED = pytest.StashKey[dict[str, list[Case]]]()
 _PARTS = pytest.StashKey[list[str]]()
 
 
@@ -105,15 +109,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a case, the cases of a variant in one xdist group; TensorRT cases are marked ``gpu``."""
     if "aligned_case" not in metafunc.fixturenames:
         return
+    markers = {mark.name for mark in metafunc.definition.iter_markers()}
+    precisions = tuple(p for name, chosen in MARKED.items() if name in markers for p in chosen) or ("fp32",)
     parameters = []
     for variant in _chosen(metafunc.config):
-        cases = cases_of(variant, ("torch", "onnxruntime", "tensorrt"), ("fp32",))
-        for case in cases:
+        for case in cases_of(variant, BACKENDS, precisions):
             marks = [pytest.mark.xdist_group(variant.name)]
             if case.backend == "tensorrt":
                 marks.append(pytest.mark.gpu)
-            parameters.append(pytest.param((variant, case, cases), id=case.id, marks=marks))
+            parameters.append(pytest.param((variant, case), id=case.id, marks=marks))
     metafunc.parametrize("aligned_case", parameters, indirect=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Notes which cases of each variant were selected, to run them together."""
+    selected: dict[str, set[Case]] = {}
+    for item in session.items:
+        callspec = getattr(item, "callspec", None)
+        if callspec and "aligned_case" in callspec.params:
+            variant, case = callspec.params["aligned_case"]
+            selected.setdefault(variant.name, set()).add(case)
+    session.config.stash[_SELECTED] = {name: sorted(cases, key=_order) for name, cases in selected.items()}
+
+
+def _order(case: Case) -> tuple[int, int]:
+    """As `cases_of` orders them."""
+    return BACKENDS.index(case.backend), PRECISIONS.index(case.precision)
 
 
 @pytest.fixture(scope="session")
@@ -125,8 +146,8 @@ def alignment_store(request: pytest.FixtureRequest) -> Store:
 @pytest.fixture
 def aligned_case(request: pytest.FixtureRequest, alignment_store: Store) -> CaseResult:
     """The result of one case; skips, or with --strict fails, where it cannot be had."""
-    variant, case, cases = request.param
-    result = alignment_store.result(variant, case, cases)
+    variant, case = request.param
+    result = alignment_store.result(variant, case, request.config.stash[_SELECTED][variant.name])
     if result.status == "skip":
         (pytest.fail if request.config.option.strict_cases else pytest.skip)(result.reason)
     return result

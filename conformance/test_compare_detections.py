@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from alignment.compare.coco_map import coco_ap
 from alignment.compare.detections import IOU, SCORE, SCORE_DIFFERENCE, agree
@@ -205,3 +207,41 @@ def test_a_class_that_is_never_found_costs_its_share():
 def test_without_truth_there_is_no_ap(truth, some):
     answers = {3: detections((BOX, 0.9, 0)) if some else detections()}
     assert coco_ap(dataset(truth), answers) == (-1, -1)
+
+
+def plain_ap(truth: CocoDataset, answers: dict[int, Detections]) -> tuple[float, float]:
+    """As pycocotools is used everywhere: loadRes, all categories, all area ranges, summarize."""
+    rows = [
+        [image, box[0], box[1], box[2] - box[0], box[3] - box[1], score, truth.category_ids[label]]
+        for image, found in answers.items()
+        for box, score, label in zip(found.boxes.astype(float), found.scores, found.labels, strict=True)
+    ]
+    api = COCO()
+    api.dataset = {"info": {}, **truth.truth}
+    api.createIndex()
+    evaluation = COCOeval(api, api.loadRes(np.array(rows)), "bbox")
+    evaluation.params.imgIds = sorted(answers)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats[0], evaluation.stats[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 12), strays=st.integers(1, 150), crowds=st.booleans())
+def test_ap_is_that_of_pycocotools(seed, count, strays, crowds):
+    rng = np.random.default_rng(seed)
+    scenes = {image: scene(seed + image, count * (image < 3)) for image in range(4)}
+    truth = dataset({image: [(box, label) for box, _, label in rows] for image, rows in scenes.items()})
+    for annotation in truth.truth["annotations"]:
+        annotation["iscrowd"] = int(crowds and rng.random() < 0.3)
+    answers = {i: detections(*disturbed(rows, seed), *scene(seed + 9 + i, strays)) for i, rows in scenes.items()}
+    answers[3].scores[:] = 0.5  # equal scores
+    assert coco_ap(truth, answers) == pytest.approx(plain_ap(truth, answers), abs=1e-12)
+
+
+def test_the_annotation_of_id_0_counts():
+    truth = dataset(TRUTH)
+    for annotation in truth.truth["annotations"]:
+        annotation["id"] -= 1
+    assert coco_ap(truth, found_as(TRUTH)) == pytest.approx((1, 1))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignment.nms.multiclass import Detections, iou_matrix
+from alignment.nms.rotated import corners, rotated_iou_matrix
 
 SCORE = 0.25
 IOU = 0.9
@@ -20,7 +21,8 @@ class Agreement:
     Attributes:
         reference: ``[n] bool``: which of the reference's detections of score ≥ `SCORE` the subject has too.
         subject: the same the other way round.
-        box_difference: largest coordinate difference of matched pairs, pixels of the original image.
+        box_difference: largest coordinate difference of matched pairs, pixels of the original image; see
+            `corner_difference`.
         score_difference: largest score difference of matched pairs.
     """
 
@@ -50,11 +52,23 @@ def agree(reference: Detections, subject: Detections) -> Agreement:
 
     A detection of score ≥ 0.25 has a counterpart when the other side has one, of any score, with the same label, IoU
     ≥ 0.9 and a score at most 0.05 away; one to one, best IoU first, then nearest score.  Counterparts below 0.25
-    count so that a score that crosses 0.25 by rounding is no loss.
+    count so that a score that crosses 0.25 by rounding is no loss.  Rotated boxes are matched by their rotated IoU.
     """
     forward, box_a, score_a = _match(reference, subject)
     backward, box_b, score_b = _match(subject, reference)
     return Agreement(forward, backward, max(box_a, box_b), max(score_a, score_b))
+
+
+def corner_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest coordinate difference of two boxes ``[4]``, of two rotated boxes ``[5]`` that of their corners.
+
+    The corners are taken in that of the four orders, a quarter turn apart, in which they are nearest: one rectangle
+    can be written as four boxes.
+    """
+    if len(a) == 4:
+        return float(np.abs(a - b).max())
+    one, other = corners(a.astype(np.float64)), corners(b.astype(np.float64))
+    return min(float(np.abs(np.roll(one, turn, 0) - other).max()) for turn in range(4))
 
 
 def _match(one: Detections, other: Detections) -> tuple[np.ndarray, float, float]:
@@ -62,7 +76,8 @@ def _match(one: Detections, other: Detections) -> tuple[np.ndarray, float, float
     found = np.zeros(len(strong), bool)
     if not len(strong) or not len(other):
         return found, 0.0, 0.0
-    iou = iou_matrix(one.boxes[strong], other.boxes)
+    overlap = rotated_iou_matrix if one.boxes.shape[1] == 5 else iou_matrix
+    iou = overlap(one.boxes[strong], other.boxes)
     gap = np.abs(one.scores[strong, None] - other.scores[None])
     fits = (one.labels[strong, None] == other.labels[None]) & (iou >= IOU) & (gap <= SCORE_DIFFERENCE)
     free = np.ones(len(other), bool)
@@ -72,6 +87,6 @@ def _match(one: Detections, other: Detections) -> tuple[np.ndarray, float, float
         row, column = rows[index], columns[index]
         if not found[row] and free[column]:
             found[row], free[column] = True, False
-            box = max(box, float(np.abs(one.boxes[strong[row]] - other.boxes[column]).max()))
+            box = max(box, corner_difference(one.boxes[strong[row]], other.boxes[column]))
             score = max(score, float(gap[row, column]))
     return found, box, score

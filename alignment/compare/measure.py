@@ -11,6 +11,9 @@ from alignment.compare.tensors import ErrorAccumulator
 from alignment.models.outputs import Outputs
 from alignment.results import Scores, StageName, TensorResult
 
+#: Units of the decoded tensors; the others are raw outputs.
+UNITS = {"boxes": "px", "angles": "rad", "scores": "probability"}
+
 
 @dataclass
 class Measured:
@@ -18,7 +21,7 @@ class Measured:
 
     Attributes:
         inputs: (images whose input bytes are equal, images looked at).
-        tensors: ``boxes`` (px), ``scores`` and the raw outputs.
+        tensors: ``boxes`` (px), of rotated ones also ``angles`` (rad), ``scores`` and the raw outputs.
         matched, total: detections with a counterpart, and all; see `Agreement`.
         scores: AP of both sides.
         notes: what could not be measured and why, by stage.
@@ -58,16 +61,15 @@ class TensorErrors:
         theirs = _named(reference) if reference else truth
         for name in [n for n in ours if n in theirs]:
             tensor = self._tensors.setdefault(name, _Tensor())
-            tensor.difference.add(ours[name], theirs[name])
+            tensor.difference.add(*comparable(name, ours[name], theirs[name]))
             if name in truth:
                 tensor.referee_images += len(ours[name])
-                tensor.subject.add(ours[name], truth[name])
+                tensor.subject.add(*comparable(name, ours[name], truth[name]))
                 if reference:
-                    tensor.reference.add(theirs[name], truth[name])
+                    tensor.reference.add(*comparable(name, theirs[name], truth[name]))
 
     def results(self) -> list[TensorResult]:
         """One entry for each output that both sides have."""
-        units = {"boxes": "px", "scores": "probability"}
         results = []
         for name, tensor in self._tensors.items():
             difference = tensor.difference.stats()
@@ -75,7 +77,7 @@ class TensorErrors:
                 results.append(
                     TensorResult(
                         name=name,
-                        unit=units.get(name, "raw"),
+                        unit=UNITS.get(name, "raw"),
                         difference=difference,
                         reference_error=tensor.reference.stats(),
                         subject_error=tensor.subject.stats(),
@@ -90,5 +92,24 @@ def count_agreement(agreements: list[Agreement]) -> tuple[int, int]:
     return sum(a.matched for a in agreements), sum(a.total for a in agreements)
 
 
+def split_angles(boxes: np.ndarray) -> dict[str, np.ndarray]:
+    """``boxes`` ``[..., 4]`` in pixels; of rotated boxes ``[..., 5]`` cx, cy, w, h, and ``angles`` ``[...]`` apart."""
+    if boxes.shape[-1] == 4:
+        return {"boxes": boxes}
+    return {"boxes": boxes[..., :4], "angles": boxes[..., 4]}
+
+
+def comparable(name: str, subject: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two tensors as they are; ``angles`` of the subject by as many half turns as bring each nearest.
+
+    Half a turn makes the same box, and le90 has a border at ±pi/2, where rounding decides for one of two angles.
+    """
+    if name != "angles":
+        return subject, reference
+    with np.errstate(invalid="ignore"):
+        turns = np.rint((reference - subject) / np.pi)
+        return np.where(np.isfinite(turns) & (turns != 0), subject + turns * np.pi, subject), reference
+
+
 def _named(outputs: Outputs) -> dict[str, np.ndarray]:
-    return {"boxes": outputs.boxes, "scores": outputs.scores, **outputs.raw}
+    return {**split_angles(outputs.boxes), "scores": outputs.scores, **outputs.raw}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from alignment.compare.measure import Measured
-from alignment.golden import GoldenCase
+from alignment.golden import GoldenCase, Quantity
 from alignment.results import STAGES, Check, StageName, StageResult, TensorResult
 
 Side = Literal["subject", "reference", "neither", "unknown"]
+#: What a decoded tensor is held to, by its unit.
+QUANTITIES: dict[str, Quantity] = {"px": "boxes", "rad": "angles", "probability": "scores"}
 #: One side is at fault when its float64 error is this many times the other's.
 SIDE_FACTOR = 4.0
 
@@ -25,7 +27,7 @@ def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | No
     Returns:
         One result a stage, in the order of `STAGES`.
     """
-    decoded = [t for t in measured.tensors if t.unit in ("px", "probability")]
+    decoded = [t for t in measured.tensors if t.unit in QUANTITIES]
     raw = [t for t in measured.tensors if t not in decoded]
     checks: dict[StageName, list[Check]] = {"input": [], "raw": [], "decoded": [], "detections": [], "map": []}
     equal, looked = measured.inputs
@@ -36,7 +38,7 @@ def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | No
     if raw:
         worst = max(raw, key=_severity)
         checks["raw"] = [_at_most("raw", worst, limits)]
-    checks["decoded"] = [_at_most("boxes" if t.unit == "px" else "scores", t, limits) for t in decoded]
+    checks["decoded"] = [_at_most(QUANTITIES[t.unit], t, limits) for t in decoded]
     if "detections" not in measured.notes:
         tolerance = limits.tolerances["agreement"]
         checks["detections"] = [
@@ -101,8 +103,8 @@ def _severity(tensor: TensorResult) -> tuple[int, float]:
     return tensor.difference.nonfinite, tensor.difference.max_abs
 
 
-def _at_most(quantity: str, tensor: TensorResult, limits: GoldenCase) -> Check:
-    tolerance = limits.tolerances[quantity]  # type: ignore[index]
+def _at_most(quantity: Quantity, tensor: TensorResult, limits: GoldenCase) -> Check:
+    tolerance = limits.tolerances[quantity]
     value, nonfinite = tensor.difference.max_abs, tensor.difference.nonfinite
     limit = f"<= {tolerance.value:g}" + (f", but {nonfinite} values are finite on one side only" if nonfinite else "")
     return Check(

@@ -37,6 +37,8 @@ class BuildOptions:
 
     Attributes:
         precision: ``fp32`` (TF32 off, which TensorRT leaves on by itself), ``tf32``, or ``fp16`` (with TF32 off).
+        strongly_typed: every type is the graph's own, so that ``fp16`` asks for a float16 graph; without it TensorRT
+            chooses between float16 and float32 layer by layer, until 10.x.
         min_batch: smallest batch, for a graph whose batch axis is dynamic; as are the next two.
         opt_batch: the batch that TensorRT tunes for.
         max_batch: largest batch.
@@ -48,6 +50,7 @@ class BuildOptions:
     """
 
     precision: Literal["fp32", "tf32", "fp16"] = "fp32"
+    strongly_typed: bool = False
     min_batch: int = 1
     opt_batch: int = 1
     max_batch: int = 1
@@ -152,7 +155,7 @@ def build_engine(onnx_path: Path, options: BuildOptions, log: Log) -> bytes:
             builder = trt.Builder(logger)
         except TypeError:  # what pybind11 makes of a null pointer
             raise AlignError(f"TensorRT cannot start its builder: {_last(log)}", "check the GPU's driver") from None
-        network = builder.create_network(_network_flags(ability))
+        network = builder.create_network(_network_flags(options, ability))
         parser = trt.OnnxParser(network, logger)  # holds weights: it must live until the build is done
         if not parser.parse_from_file(str(onnx_path)):
             raise _parse_error(parser, onnx_path, ability, log)
@@ -166,12 +169,17 @@ def build_engine(onnx_path: Path, options: BuildOptions, log: Log) -> bytes:
         return bytes(plan)
 
 
-def _network_flags(ability: Capabilities) -> int:
+def _network_flags(options: BuildOptions, ability: Capabilities) -> int:
     import tensorrt as trt
 
+    flags = 0
     if ability.has_explicit_batch_flag:
-        return 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
-    return 0
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    if options.strongly_typed and not ability.always_strongly_typed:
+        if not ability.has_strongly_typed_flag:
+            raise AlignError(f"TensorRT {ability.version} has no strongly typed networks", "build it without")
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return flags
 
 
 def _configure(builder: Any, options: BuildOptions, ability: Capabilities) -> Any:
@@ -187,11 +195,11 @@ def _configure(builder: Any, options: BuildOptions, ability: Capabilities) -> An
             config.set_flag(trt.BuilderFlag.TF32)
         else:
             config.clear_flag(trt.BuilderFlag.TF32)
-    if options.precision == "fp16":
+    if options.precision == "fp16" and not options.strongly_typed:
         if not ability.has_fp16_flag:
             raise AlignError(
                 f"TensorRT {ability.version} has no fp16 flag",
-                "fp16 needs a strongly typed float16 graph: convert the ONNX file to float16 and build it as fp32",
+                "convert the ONNX file to float16 and build it strongly typed",
             )
         config.set_flag(trt.BuilderFlag.FP16)
     if ability.has_cublas_tactic_sources and os.environ.get(NO_CUBLAS) == "1":

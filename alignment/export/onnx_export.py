@@ -123,14 +123,18 @@ def check_onnx(path: Path) -> onnx.ModelProto:
     """Loads and checks an ONNX file.
 
     Raises:
-        AlignError: when it is missing, truncated, not ONNX, or uses an op or opset that ONNX does not know.
+        AlignError: when it is missing, truncated, not ONNX, or uses an op or opset that ONNX does not know, a plugin of
+            TensorRT's say.
     """
     mend = "export it again"
     if not path.is_file():
         raise AlignError(f"{path}: no such file", "give the ONNX file that the variant's YAML names")
     try:
         model = onnx.load(path)
+        _refuse_plugins(model, path)
         onnx.checker.check_model(model)
+    except AlignError:
+        raise
     except Exception as error:  # protobuf and checker have error types of their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise AlignError(f"{path}: not a valid ONNX model: {reason}", mend) from None
@@ -140,6 +144,15 @@ def check_onnx(path: Path) -> onnx.ModelProto:
     if opset < 11:
         raise AlignError(f"{path}: opset {opset}, but 11 is the oldest that is supported here", mend)
     return model
+
+
+def _refuse_plugins(model: onnx.ModelProto, path: Path) -> None:
+    plugins = sorted({node.op_type for node in model.graph.node if node.op_type.endswith("_TRT")})
+    if plugins:
+        raise AlignError(
+            f"{path}: holds {', '.join(plugins)}, which only TensorRT runs, but the reference is ONNX Runtime",
+            "export it up to its NMS (head layout decoded, yolov5 or yolov8), or with ONNX's own NonMaxSuppression",
+        )
 
 
 def _trace(detector, variant: Variant, options: ExportOptions, path: Path) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignment.case import Case
+from alignment.export.float16 import float16_model
 from alignment.export.onnx_export import exported
 from alignment.runners.base import Runner
 from alignment.variant import OnnxSource, Variant
 
 
-def open_runner(variant: Variant, case: Case) -> Runner:
+def open_runner(variant: Variant, case: Case, batch: int = 1) -> Runner:
     """Loads the model of `variant` into the backend of `case`; exports it first where that is needed.
+
+    Args:
+        variant: whose model.
+        case: names backend and precision.
+        batch: the number of images at once that a backend is to be prepared for.
 
     Raises:
         AlignError: when the model cannot be loaded, or the backend is not on this machine.
@@ -20,19 +26,26 @@ def open_runner(variant: Variant, case: Case) -> Runner:
         from alignment.runners.torch import TorchRunner
 
         return TorchRunner(variant)
-    return open_model(exported(variant).onnx, case)
+    return open_model(exported(variant).onnx, case, batch)
 
 
-def open_model(path: Path, case: Case) -> Runner:
-    """Loads an ONNX file into the backend of `case`."""
+def open_model(path: Path, case: Case, batch: int = 1) -> Runner:
+    """Loads a float32 ONNX file into the backend of `case`, which may run it in another precision.
+
+    FP16 is a float16 graph on ONNX Runtime, and on a TensorRT that takes its types from the graph; an older one makes
+    FP16 of the float32 graph by itself.
+    """
     if case.backend == "onnxruntime":
         from alignment.runners.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(path)
+        return OnnxRuntimeRunner(float16_model(path, native=False) if case.precision == "fp16" else path)
     from alignment.engine.build import BuildOptions
+    from alignment.engine.capabilities import Capabilities
     from alignment.runners.tensorrt import TensorRTRunner
 
-    return TensorRTRunner(path, BuildOptions(precision=case.precision))
+    typed = case.precision == "fp16" and not Capabilities.current().has_fp16_flag
+    options = BuildOptions(precision=case.precision, strongly_typed=typed, opt_batch=batch, max_batch=batch)
+    return TensorRTRunner(float16_model(path) if typed else path, options)
 
 
 def open_referee(variant: Variant, reference: Runner) -> Runner | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def examine() -> Iterator[Finding]:
         yield Finding("tensorrt", "ok", capabilities.Capabilities.current().version)
     else:
         yield Finding("tensorrt", "missing", f"{reason}; committed records are replayed instead")
+    yield _versions()
     data = data_dir()
     yield Finding(
         "real data",
@@ -58,6 +60,18 @@ def examine() -> Iterator[Finding]:
     records = sorted((golden_dir() / "records").glob("*.json"))
     yield Finding("records", "ok" if records else "note", f"{len(records)} to replay in {golden_dir() / 'records'}")
     yield Finding("cache", "ok" if os.access(_existing(cache_dir()), os.W_OK) else "missing", str(cache_dir()))
+
+
+def _versions() -> Finding:
+    """On which TensorRT the code was run, by the committed records, and which it was only held to by API names."""
+    golden = golden_dir()
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((golden / "records").glob("*.json"))]
+    made_by = {((record["result"] or {}).get("provenance") or {}).get("tensorrt") for record in records}
+    executed = sorted(version for version in made_by if version)
+    listed = sorted((path.stem for path in (golden / "trt_api").glob("*.json")), key=lambda v: int(v.split(".")[0]))
+    by_name = [version for version in listed if not any(ran.startswith(version) for ran in executed)]
+    detail = f"executed: {', '.join(executed) or 'none'}; checked by API name only: {', '.join(by_name) or 'none'}"
+    return Finding("tensorrt versions", "note", detail)
 
 
 def _compiled_ops() -> Finding:

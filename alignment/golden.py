@@ -15,6 +15,7 @@ from alignment.results import CaseResult
 from alignment.storage import locked, writing
 
 Quantity = Literal["raw", "boxes", "angles", "scores", "agreement", "delta_ap"]
+RATES: tuple[Quantity, ...] = ("agreement", "delta_ap")
 #: Tolerance = measured error × FACTOR: other CPUs and library builds sum in another order.
 #: Where nothing differs at all, one detection in a thousand may, by a score on the other side of a threshold.
 FACTOR = 3.0
@@ -96,8 +97,12 @@ def read_golden(folder: Path, variant: str) -> Golden:
         raise AlignError(f"{path}: not a golden file: {reason}", "mend it or make it anew: --update-golden") from None
 
 
-def limits(golden: Golden, case: Case, provenance: dict[str, Any]) -> GoldenCase:
-    """What `case` is held to at the place that `provenance` tells of: defaults, then golden, then its overlays."""
+def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int | None = None) -> GoldenCase:
+    """What `case` is held to at the place that `provenance` tells of: defaults, then golden, then its overlays.
+
+    On fewer `images` than were measured one detection weighs more in a rate and in AP: the defaults of these hold
+    then, where they are wider.
+    """
     defaults = DEFAULTS[case.precision]
     found = GoldenCase(tolerances={q: Tolerance(value=v, origin=_UNMEASURED) for q, v in defaults.items()})
     layers = [golden.cases] + [o.cases for o in golden.overlays if _applies(o, provenance)]
@@ -105,6 +110,12 @@ def limits(golden: Golden, case: Case, provenance: dict[str, Any]) -> GoldenCase
         if case.id in layer:
             found.tolerances.update(layer[case.id].tolerances)
             found.ap = layer[case.id].ap or found.ap
+    if images is not None and found.ap and images < found.ap.images:
+        for name in RATES:
+            value, usual = found.tolerances[name].value, defaults[name]
+            if usual < value if name == "agreement" else usual > value:
+                origin = f"default, as {found.ap.images} images were measured"
+                found.tolerances[name] = Tolerance(value=usual, origin=origin)
     return found
 
 

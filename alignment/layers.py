@@ -23,12 +23,13 @@ from alignment.runners.evaluator import OnnxEvaluator
 BAND_FACTOR = 16.0
 #: The same for float16, whose sums are made in float32: ONNX Runtime comes to 0.6 of this band at most, on 11 models.
 HALF_BAND_FACTOR = 4.0
-HALF = np.finfo(np.float16)
+HALF_MAX, HALF_SMALLEST = float(np.finfo(np.float16).max), float(np.finfo(np.float16).smallest_normal)
+EPSILON, HALF_EPSILON = float(np.finfo(np.float32).eps), float(np.finfo(np.float16).eps)
 RangeFault = Literal["overflow", "underflow"]
 #: What float16 cannot do with such values.
 RANGE: dict[RangeFault, str] = {
-    "overflow": f"float16 ends at {HALF.max:.0f}",
-    "underflow": f"float16 loses bits below {HALF.smallest_normal:.2g}",
+    "overflow": f"float16 ends at {HALF_MAX:.0f}",
+    "underflow": f"float16 loses bits below {HALF_SMALLEST:.2g}",
 }
 
 
@@ -154,10 +155,10 @@ def _layer(
 ) -> LayerError:
     """`halves`: the tensors that are float16 in FP16, None in another precision."""
     low, high = (float(truth.min()), float(truth.max())) if truth.size else (0.0, 0.0)
-    own, epsilon = float(np.abs(plain - truth).max(initial=0.0)), float(np.finfo(np.float32).eps)
+    own = float(np.abs(plain - truth).max(initial=0.0))
     # A tensor that plain float32 gets exactly, a Reshape's say, still carries half a rounding of its inputs.
-    factor = BAND_FACTOR if halves is None else HALF_BAND_FACTOR * float(HALF.eps) / epsilon
-    band = factor * max(own, epsilon * max(-low, high))
+    factor = BAND_FACTOR if halves is None else HALF_BAND_FACTOR * HALF_EPSILON / EPSILON
+    band = factor * max(own, EPSILON * max(-low, high))
     distance = np.abs(ours - truth) if ours.shape == truth.shape else np.array(np.inf)
     error = float(distance.max(initial=0.0)) if np.isfinite(distance).all() else float("inf")
     fault = _range_fault(ours, truth, name in halves, error > band) if halves is not None else None
@@ -167,7 +168,7 @@ def _layer(
 def _range_fault(ours: np.ndarray, truth: np.ndarray, half: bool, outside: bool) -> RangeFault | None:
     """`half`: the tensor is float16, so its range counts even where the backend happens to keep more."""
     magnitudes = np.abs(truth[truth != 0])
-    if not np.isfinite(ours).all() or (half and magnitudes.max(initial=0.0) > HALF.max):
+    if not np.isfinite(ours).all() or (half and magnitudes.max(initial=0.0) > HALF_MAX):
         return "overflow"
-    tiny = bool(magnitudes.size) and float(np.median(magnitudes)) < HALF.smallest_normal
+    tiny = bool(magnitudes.size) and float(np.median(magnitudes)) < HALF_SMALLEST
     return "underflow" if half and tiny and outside else None

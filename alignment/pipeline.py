@@ -68,14 +68,18 @@ class _Side:
     errors: TensorErrors = field(default_factory=TensorErrors)
     record: Record | None = None
 
-    def run(self, given: np.ndarray, variant: Variant) -> list[Outputs]:
-        """A batch ``[B, 3, H, W]`` through the backend, answered image by image; only the backend is on the clock."""
-        # A backend that writes into its own copy spoils it for no other one, and is found out afterwards.
-        batch = given.copy()
+    def run(self, batch: np.ndarray, samples: list[Sample], variant: Variant) -> list[Outputs]:
+        """Some images through the backend, answered one by one; only the backend itself is on the clock.
+
+        Args:
+            batch: ``[B, 3, H, W]``, a copy of the samples' tensors: a backend that writes into it spoils it for no
+                other one, and is found out when the bytes are compared afterwards.
+        """
         start = time.perf_counter()
         named = self.runner.run(batch)
         self.inference_s += time.perf_counter() - start
-        self.equal_inputs += int((batch.view(np.int32) == given.view(np.int32)).all(axis=(1, 2, 3)).sum())
+        for image, sample in zip(batch, samples, strict=True):
+            self.equal_inputs += np.array_equal(image.view(np.int32), sample.tensor.view(np.int32))
         return to_outputs(named, variant, len(batch)).images()
 
 
@@ -158,7 +162,8 @@ def _answered(
     images = iter(samples)
     while together := list(itertools.islice(images, size)):
         batch = np.stack([sample.tensor for sample in together])
-        yield from zip(together, zip(*(side.run(batch, variant) for side in sides), strict=True), strict=True)
+        answers = [side.run(batch.copy(), together, variant) for side in sides]
+        yield from zip(together, zip(*answers, strict=True), strict=True)
 
 
 def _judge_sides(
@@ -181,7 +186,7 @@ def _judge_sides(
             scores=Scores(reference_ap=None if is_reference else scores[0][0], subject_ap=ap, subject_ap50=ap50),
             notes=_notes(variant, is_reference and not referee.detections),
         )
-        held_to = limits(golden, side.case, side.runner.provenance)
+        held_to = limits(golden, side.case, side.runner.provenance, len(samples))
         stages = judge(measured, held_to, len(samples), samples.dataset.fingerprint)
         result = CaseResult(
             case=side.case.result_id(),

@@ -59,7 +59,7 @@ def replay(variant: Variant, case: Case, golden: Path, samples: Samples | None) 
     else:
         measured.notes["input"] = "no images here: give --data to check the bytes that went in"
         measured.notes["map"] = _recorded_ap(recorded)
-    held_to = limits(read_golden(golden, variant.name), case, recorded.provenance)
+    held_to = limits(read_golden(golden, variant.name), case, recorded.provenance, len(images))
     stages = judge(measured, held_to, len(images), samples.dataset.fingerprint if samples else None)
     result = recorded.model_copy(
         update={

@@ -285,6 +285,13 @@ def test_doctor_says_what_is_here():
         assert name in result.stdout
 
 
+def test_doctor_says_which_tensorrt_was_run_and_which_only_checked_by_name():
+    from alignment.doctor import examine
+
+    (finding,) = [finding for finding in examine() if finding.what == "tensorrt versions"]
+    assert finding.detail == "executed: 8.6.1; checked by API name only: 10.16.1, 11.4.0"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["variants"]])
 def test_help_and_lists_import_no_framework(arguments):
     program = (

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import yaml
 from onnx import helper, numpy_helper
+from typer.testing import CliRunner
 
-from alignment.layers import LayerError, compare_layers, first_outside, mark_outputs
-from alignment.runners.onnxruntime import OnnxRuntimeRunner
-from alignment.variant import load_variant
+from alignment.case import Case, Precision
+from alignment.cli import app
+from alignment.data.samples import open_samples
+from alignment.layers import (
+    HALF_MAX,
+    HALF_SMALLEST,
+    LayerError,
+    compare_layers,
+    first_outside,
+    first_range_fault,
+    mark_outputs,
+)
+from alignment.pipeline import RunOptions, align_live
+from alignment.runners.base import Runner
+from alignment.runners.open import open_model
+from alignment.variant import ZOO, load_variant
 
 Plant = Callable[[onnx.ModelProto], str]
 
@@ -30,23 +46,23 @@ def model() -> Path:
 def batch() -> np.ndarray:
     """One image of a size that the dynamic part of the graph does not mind: the variant's own."""
     pytest.importorskip("mmyolo")
-    from alignment.data.samples import open_samples
-
     return next(iter(open_samples(load_variant("yolov8_embedded"), None, 1))).tensor[None]
 
 
-def compare(model: Path, batch: np.ndarray, plant: Plant | None = None) -> tuple[list[LayerError], str | None]:
+def compare(
+    model: Path, batch: np.ndarray, plant: Plant | None = None, precision: Precision = "fp32"
+) -> tuple[list[LayerError], str | None]:
     """All tensors, and the name of the node in which `plant` planted a fault on the subject's side alone."""
     planted: list[str] = []
 
-    def subject(path: Path) -> OnnxRuntimeRunner:
+    def subject(path: Path) -> Runner:
         if plant:
             graph = onnx.load(path)
             planted.append(plant(graph))
             onnx.save(graph, path)
-        return OnnxRuntimeRunner(path)
+        return open_model(path, Case("yolov8_embedded", "onnxruntime", precision))
 
-    return compare_layers(model, subject, batch), planted[0] if planted else None
+    return compare_layers(model, subject, batch, precision), planted[0] if planted else None
 
 
 def convolution(graph: onnx.ModelProto, share: float) -> onnx.NodeProto:
@@ -154,6 +170,86 @@ def test_a_planted_fault_is_named_exactly(model, batch, plant):
 def test_a_tensor_that_is_not_finite_is_infinitely_far(model, batch):
     layers, node = compare(model, batch, not_a_number)
     assert next(layer for layer in layers if layer.node == node).error == float("inf")
+
+
+def test_float16_stays_inside_its_band_and_its_range(model, batch):
+    layers, _ = compare(model, batch, precision="fp16")
+    assert [layer.place for layer in layers if not layer.inside] == []
+    assert first_range_fault(layers) is None
+    assert all(layer.band <= 0.1 * layer.magnitude for layer in layers if layer.op == "Conv")
+    # Sums that float16 makes are off by far more than float32 explains: the subject did run in float16.
+    single, _ = compare(model, batch)
+    assert sum(half.error > full.band for half, full in zip(layers, single, strict=True)) > len(layers) / 2
+
+
+@pytest.mark.parametrize("plant", [zeroed_bias, average_for_maximum, linear_for_nearest, tanh_for_sigmoid])
+def test_a_fault_that_float16_does_not_explain_is_named(model, batch, plant):
+    layers, node = compare(model, batch, plant, "fp16")
+    first = first_outside(layers)
+    assert first is not None
+    assert (first.node, first.range_fault) == (node, None)
+
+
+class Rescaled:
+    """The embedded graph with a convolution scaled up or down and the next one the other way round: float32 does not
+    mind, float16 has no numbers for what lies between."""
+
+    def __init__(self, model: Path, folder: Path, scale: float) -> None:
+        graph = onnx.load(model)
+        self.node = convolution(graph, 0.1)
+        (activation,) = [n for n in graph.graph.node if n.op_type == "Mul" and self.node.output[0] in n.input]
+        (following,) = [n for n in graph.graph.node if activation.output[0] in n.input]
+        for name, factor in ((self.node.input[1], scale), (self.node.input[2], scale), (following.input[1], 1 / scale)):
+            change_weights(graph, name, lambda weights, by=factor: weights * np.float32(by))
+        self.path = folder / "rescaled.onnx"
+        onnx.save(graph, self.path)
+        shutil.copy(model.with_suffix(".node_map.json"), folder / "rescaled.node_map.json")
+        fields = yaml.safe_load((ZOO / "yolov8_embedded.yaml").read_text())
+        fields |= {
+            "name": "rescaled",
+            "source": {"kind": "onnx", "file": "rescaled.onnx", "head": {"layout": "decoded"}},
+        }
+        self.variant = folder / "rescaled.yaml"
+        self.variant.write_text(yaml.safe_dump(fields))
+
+
+@pytest.fixture(params=[(1e4, "overflow"), (1e-7, "underflow")], ids=lambda given: given[1])
+def rescaled(request, model, tmp_path) -> tuple[Rescaled, str]:
+    scale, kind = request.param
+    return Rescaled(model, tmp_path, scale), kind
+
+
+def test_the_first_tensor_out_of_the_range_of_float16_is_named(rescaled, batch):
+    planted, kind = rescaled
+    layers, _ = compare(planted.path, batch, precision="fp16")
+    fault = first_range_fault(layers)
+    assert fault is not None
+    assert (fault.tensor, fault.node, fault.range_fault) == (planted.node.output[0], planted.node.name, kind)
+    assert fault.module == "model.backbone.stage2.0.conv"
+    assert fault.high > HALF_MAX if kind == "overflow" else 0 < fault.high < HALF_SMALLEST
+    assert first_outside(layers) == fault
+    assert all(layer.range_fault is None and layer.inside for layer in compare(planted.path, batch)[0])
+
+
+def test_a_run_out_of_the_range_of_float16_fails_and_sends_to_the_layers(rescaled, tmp_path):
+    planted, _ = rescaled
+    variant = load_variant(planted.variant)
+    cases = [Case("rescaled", "onnxruntime", precision) for precision in ("fp32", "fp16")]
+    results, _ = align_live(variant, cases, open_samples(variant, None, 2), RunOptions(golden=tmp_path / "golden"))
+    single, half = results
+    assert single.status == "pass", single.reason
+    assert (half.status, half.first_difference, half.wrong_side) == ("fail", "decoded", "subject")
+    assert "`align layers rescaled --backend onnxruntime --precision fp16` says why" in half.reason
+
+
+def test_the_command_names_tensor_module_range_and_remedy(rescaled):
+    planted, kind = rescaled
+    done = CliRunner().invoke(app, ["layers", str(planted.variant), "--precision", "fp16"])
+    assert done.exit_code == 1, done.output
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"first {kind} of float16: ")]
+    assert f"{planted.node.name} (Conv) of module model.backbone.stage2.0.conv, tensor {planted.node.output[0]}" in line
+    assert " in float64; float16 " in line
+    assert "keep that node in float32" in line
 
 
 def test_marking_adds_outputs_once_and_leaves_the_model_alone(model):

@@ -15,13 +15,16 @@ from alignment.results import Alignment, CaseResult
 
 ROOT = Path(__file__).parent.parent
 TORCH, ORT, TRT = (f"yolov8_embedded-{backend}-fp32" for backend in ("torch", "onnxruntime", "tensorrt"))
+ORT16, TRT16 = (f"yolov8_embedded-{backend}-fp16" for backend in ("onnxruntime", "tensorrt"))
 
 
-def suite(*options: object) -> subprocess.CompletedProcess:
+def suite(*options: object, precisions: tuple[str, ...] = ("fp32",)) -> subprocess.CompletedProcess:
     """``pytest -m fp32_alignment`` on six images of the embedded variant, with a golden folder that holds nothing."""
     pytest.importorskip("mmyolo")
-    command = [sys.executable, "-m", "pytest", str(ROOT / "conformance" / "test_fp32_alignment.py"), "-q", "-rs"]
-    command += ["-m", "fp32_alignment", "--variant", "yolov8_embedded", "--images", "6", "-p", "no:cacheprovider"]
+    files = [str(ROOT / "conformance" / f"test_{precision}_alignment.py") for precision in precisions]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-rs"]
+    command += ["-m", " or ".join(f"{precision}_alignment" for precision in precisions)]
+    command += ["--variant", "yolov8_embedded", "--images", "6", "-p", "no:cacheprovider"]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
         [*command, *map(str, options)],
@@ -87,6 +90,34 @@ def test_what_cannot_be_run_is_skipped_with_its_reason_and_with_strict_it_fails(
     assert "2 passed, 1 error" in strict.stdout
     for done in (plain, strict):
         assert reason[:40] in done.stdout
+
+
+COUNTER = """
+from alignment import pipeline
+opened = pipeline.open_runner
+def counting(variant, case, batch):
+    print("opened", case.id)
+    return opened(variant, case, batch)
+pipeline.open_runner = counting
+"""
+
+
+def test_both_precisions_of_a_variant_run_together_and_each_marker_brings_its_own(tmp_path, monkeypatch):
+    (tmp_path / "counter.py").write_text(COUNTER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    cases = {}
+    for precisions in (("fp16",), ("fp16", "fp32")):
+        out = tmp_path / "-".join(precisions)
+        done = suite("-p", "counter", "-s", "--report", out, "--golden", tmp_path / "golden", precisions=precisions)
+        assert done.returncode == 0, done.stdout + done.stderr
+        cases[precisions] = [
+            c.case.id for c in Alignment.model_validate_json((out / "alignment.json").read_text()).cases
+        ]
+        live = {TORCH, ORT16, *([ORT] if "fp32" in precisions else [])}
+        lines = [line.partition("opened ")[2] for line in done.stdout.splitlines() if "opened " in line]
+        assert sorted(line for line in lines if "tensorrt" not in line) == sorted(live)
+    assert set(cases[("fp16",)]) == {ORT16, TRT16}
+    assert set(cases[("fp16", "fp32")]) == {TORCH, ORT, ORT16, TRT, TRT16}
 
 
 def test_update_golden_writes_the_file_and_the_next_run_holds_to_it(tmp_path):

@@ -1,6 +1,7 @@
 """Every TensorRT name that this package uses exists in 8.6, 10 and 11, or is asked for behind a capability.
 
-TensorRT itself is not needed: its names were read from the real bindings into ``golden/trt_api``.
+TensorRT itself is not needed: its names were read from the real bindings into ``golden/trt_api``.  `trt_uses` finds the
+uses; a TensorRT object under a name that says nothing is a fault too, so that no call escapes.
 """
 
 from __future__ import annotations
@@ -8,13 +9,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from trt_uses import UNKNOWN, imports_tensorrt, opaque_functions, uses
 
 import alignment
 from alignment.engine import build, capabilities, log
@@ -25,31 +25,14 @@ from alignment.errors import AlignError
 from alignment.variant import golden_dir
 
 PACKAGE = Path(alignment.__file__).parent
-FILES = [*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "runners" / "tensorrt.py"]
-APIS = {path.stem: json.loads(path.read_text())["api"] for path in sorted((golden_dir() / "trt_api").glob("*.json"))}
-# In these files a variable (or private attribute) of such a name holds an object of that TensorRT class, nothing else.
-OBJECTS = {
-    "builder": "Builder",
-    "config": "IBuilderConfig",
-    "context": "IExecutionContext",
-    "engine": "ICudaEngine",
-    "layer": "ILayer",
-    "network": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "parser_error": "ParserError",
-    "profile": "IOptimizationProfile",
-    "runtime": "Runtime",
-    "tensor": "ITensor",
+SOURCES = {
+    path: path.read_text()
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.parent.name in ("engine", "runners") or imports_tensorrt(ast.parse(path.read_text()))
 }
+OPAQUE = set().union(*(opaque_functions(ast.parse(source)) for source in SOURCES.values()))
+APIS = {path.stem: json.loads(path.read_text())["api"] for path in sorted((golden_dir() / "trt_api").glob("*.json"))}
 UNLISTED = {"name"}  # on layers and tensors in every version; the listing leaves it out, as enumerations have it too
-
-
-class Use(NamedTuple):
-    """One name asked of TensorRT, and the attributes that the function around it mentions."""
-
-    name: str
-    line: int
-    mentions: frozenset[str]
 
 
 def exists(api: dict, name: str) -> bool:
@@ -58,38 +41,25 @@ def exists(api: dict, name: str) -> bool:
     return owner in api and (not member or member in UNLISTED or member in (api[owner] or ()))
 
 
-def dotted(node: ast.AST) -> list[str]:
-    """``a.b.c`` as a list; empty when it does not start with a name."""
-    if isinstance(node, ast.Name):
-        return [node.id]
-    if isinstance(node, ast.Attribute):
-        front = dotted(node.value)
-        return [*front, node.attr] if front else []
-    return []
-
-
-def uses(source: str) -> Iterator[Use]:
-    """What a source asks of the module ``trt`` and of the objects of `OBJECTS`."""
-    tree = ast.parse(source)
-    for function in [node for node in tree.body if not isinstance(node, ast.ClassDef)] + [
-        node for owner in tree.body if isinstance(owner, ast.ClassDef) for node in owner.body
-    ]:
-        attributes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
-        mentions = frozenset(node.attr for node in attributes)
-        for node in attributes:
-            parts = dotted(node)
-            if len(parts) == 3 and parts[0] == "self":
-                parts = [parts[1].removeprefix("_"), parts[2]]
-            if parts[:1] == ["trt"] and len(parts) in (2, 3) and not parts[1].startswith("__"):
-                yield Use(".".join(parts[1:]), node.lineno, mentions)
-            elif len(parts) == 2 and parts[0] in OBJECTS:
-                yield Use(f"{OBJECTS[parts[0]]}.{parts[1]}", node.lineno, mentions)
+def anywhere(api: dict, member: str) -> bool:
+    """Whether some class of a version has that member."""
+    return any(member in (members or ()) for members in api.values())
 
 
 def faults(source: str) -> list[str]:
-    """Names that a version lacks and that no capability guards."""
+    """Names that a version lacks and that no capability guards, and receivers that could be TensorRT's.
+
+    Where TensorRT is not even imported, the receiver of an unknown name is looked up in all classes.
+    """
+    imported = imports_tensorrt(ast.parse(source))
     found = []
-    for use in uses(source):
+    for use in uses(source, OPAQUE):
+        owner, _, member = use.name.partition(".")
+        if owner == UNKNOWN:
+            known = [anywhere(api, member) for api in APIS.values()]
+            if imported or (any(known) and not all(known)):
+                found.append(f"line {use.line}: {use.name} could be TensorRT's")
+            continue
         lacking = [version for version, api in APIS.items() if not exists(api, use.name)]
         if lacking and BEHIND.get(use.name) not in use.mentions:
             found.append(f"line {use.line}: {use.name} is not in TensorRT {', '.join(lacking)}")
@@ -101,13 +71,16 @@ def test_listing_is_there():
     assert all(len(api) > 150 for api in APIS.values())
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_names_exist_or_are_guarded(path: Path):
-    assert faults(path.read_text()) == []
+    assert faults(SOURCES[path]) == []
 
 
 def test_uses_are_found():
-    names = {use.name for path in FILES for use in uses(path.read_text())}
+    assert {path.name for path, source in SOURCES.items() if imports_tensorrt(ast.parse(source))} == {
+        *("build.py", "capabilities.py", "log.py", "tensorrt.py")
+    }
+    names = {use.name for source in SOURCES.values() for use in uses(source, OPAQUE)}
     expected = {"Builder.build_serialized_network", "BuilderFlag.TF32", "IBuilderConfig.builder_optimization_level"}
     assert expected | {"IExecutionContext.execute_async_v3", "ICudaEngine.get_tensor_name", "nptype"} <= names
 
@@ -120,11 +93,45 @@ def test_uses_are_found():
         ("x = trt.BuilderFlag.FP16", "BuilderFlag.FP16"),
         ("self._context.execute_async_v2(1)", "IExecutionContext.execute_async_v2"),
         ("config.max_workspace_size = 1", "IBuilderConfig.max_workspace_size"),
+        # Under other names, in other places.
+        ("trt.Builder(log).max_batch_size = 1", "Builder.max_batch_size"),
+        ("trt.Builder(log).create_builder_config().max_workspace_size = 1", "unknown.max_workspace_size"),
+        ("settings = config.clone(); settings.max_workspace_size = 1", "unknown.max_workspace_size"),
+        ("flags = trt.BuilderFlag; x = flags.FP16", "unknown.FP16"),
+        ("for part in [network.get_layer(0)]: part.precision", "unknown.precision"),
+        ("parts = {}; parts[0] = network.get_layer(0); parts[0].precision", "unknown.precision"),
+        ("parts = []; parts.append(layer); [part.precision for part in reversed(parts)]", "unknown.precision"),
+        ("parts = {0: layer}; [part.precision for _, part in parts.items()]", "unknown.precision"),
+        ("thing.precision", "unknown.precision"),
+        ("self._thing = network.get_layer(0); self._thing.precision", "unknown.precision"),
+        ("made(config).max_workspace_size", "unknown.max_workspace_size"),
+        ("getattr(config, name)", "unknown.getattr"),
+        ("with opened(engine) as e: e.num_bindings", "unknown.num_bindings"),
     ],
 )
 def test_planted_fault_is_reported(line: str, fault: str):
-    source = f"class A:\n    def f(self, config):\n        import tensorrt as trt\n        {line}\n"
-    assert [found for found in faults(source) if fault in found and "line 4" in found]
+    source = (
+        f"def made(x): ...\nclass A:\n    def f(self, config, thing, opened):\n        import tensorrt as trt; {line}\n"
+    )
+    if line.startswith(("for", "with")):
+        source = source.replace("trt; ", "trt\n        ")
+    assert [found for found in faults(source) if fault in found and "line " in found], faults(source)
+
+
+def test_what_is_not_tensorrts_is_left_alone():
+    harmless = (
+        "import numpy as np\nimport tensorrt as trt\n"
+        "def f(path: Path, config) -> None:\n"
+        "    names = [path.stem]\n    names.append(str(config.num_optimization_profiles).strip())\n"
+        "    sizes = {name: np.zeros(3) for name in names}\n"
+        "    return {n: a.precision for n, a in sizes.items()}, path.parent.dynamic_range, ' '.join(names).strip()\n"
+    )
+    assert faults(harmless) == []
+
+
+def test_a_member_that_a_version_lacks_is_found_where_tensorrt_is_not_imported():
+    assert faults("def f(thing):\n    return thing.set_dynamic_range(1)\n")
+    assert faults("def f(thing):\n    return thing.copy()\n") == []
 
 
 def test_guard_is_accepted_only_in_the_same_function():
@@ -134,9 +141,9 @@ def test_guard_is_accepted_only_in_the_same_function():
     assert faults(elsewhere)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_tensorrt_and_pycuda_are_imported_lazily(path: Path):
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(SOURCES[path])
     inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -257,6 +264,7 @@ def test_fingerprint_depends_on_every_field():
     assert base.fingerprint() == BuildOptions(max_batch=4).fingerprint()
     other = {
         "precision": "tf32",
+        "strongly_typed": True,
         "min_batch": 2,
         "opt_batch": 2,
         "max_batch": 8,

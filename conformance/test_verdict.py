@@ -209,6 +209,25 @@ def test_values_of_one_case_do_not_hold_for_another_and_limits_change_no_golden(
     assert golden.model_dump() == before
 
 
+@pytest.mark.parametrize(
+    ("images", "given", "expected"),
+    [
+        # GOLDEN_AP is of 6 images; the defaults of fp32 are 0.999 and 0.0005.
+        (6, {"agreement": 0.9995, "delta_ap": 0.0001}, {"agreement": 0.9995, "delta_ap": 0.0001}),
+        (None, {"agreement": 0.9995, "delta_ap": 0.0001}, {"agreement": 0.9995, "delta_ap": 0.0001}),
+        (5, {"agreement": 0.9995, "delta_ap": 0.0001}, {"agreement": 0.999, "delta_ap": 0.0005}),
+        (5, {"agreement": 0.9, "delta_ap": 0.1}, {"agreement": 0.9, "delta_ap": 0.1}),
+    ],
+)
+def test_rates_of_many_images_do_not_bind_a_run_of_fewer(images, given, expected):
+    given = {**given, "boxes": 1e-6}
+    tolerances = {name: Tolerance(value=value, origin="measured") for name, value in given.items()}
+    golden = Golden(variant="net", cases={TRT.id: GoldenCase(tolerances=tolerances, ap=GOLDEN_AP)})
+    found = limits(golden, TRT, HERE, images).tolerances
+    assert {name: found[name].value for name in given} == {**expected, "boxes": 1e-6}
+    assert (found["agreement"].origin == "measured") == (expected["agreement"] == given["agreement"])
+
+
 def result_of(case: Case, found: Measured, provenance: dict[str, str] | None = None) -> CaseResult:
     return CaseResult(
         case=case.result_id(),

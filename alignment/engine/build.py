@@ -255,7 +255,7 @@ def _parse_error(parser: Any, path: Path, ability: Capabilities, log: Log) -> Al
         if 0 <= number < len(nodes):
             node = nodes[number]
             place = f"node {number} {node.name or '(unnamed)'} ({node.op_type}): "
-        found.append(place + " ".join(parser_error.desc().split())[:240])
+        found.append(place + " ".join(str(parser_error.desc()).split())[:240])
     reason = "; ".join(found) or _last(log)
     return AlignError(f"{path}: TensorRT {ability.version} cannot parse {reason}", _mend(reason, ability))
 

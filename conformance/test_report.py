@@ -15,6 +15,7 @@ import pytest
 
 from alignment.errors import AlignError
 from alignment.report import html
+from alignment.report.markdown import to_markdown
 from alignment.report.run_folder import json_schema, merge, read_run, write_run
 from alignment.results import (
     SCHEMA_VERSION,
@@ -395,3 +396,34 @@ def test_browser_sorts_and_filters(folder: Path, tmp_path: Path) -> None:
     assert (seen["data-fast"] or "").startswith(f"{onnx} {tensorrt} ")
     assert seen["data-pass"] == f"{onnx} {rtmdet}"
     assert (seen["data-found"], seen["data-shown"]) == (rtmdet, "1 of 4 cases")
+
+
+def test_markdown_table():
+    """One row a variant that was run; each cell tells the largest error of any check, and the change of AP."""
+
+    def case(backend: str, precision: str, reference: str, ap: float, boxes: float, ok: bool = True) -> CaseResult:
+        checks = [Check(name="boxes", value=value, limit="<= 1", ok=ok) for value in (boxes / 2, boxes)]
+        return CaseResult(
+            case=CaseId(id=f"v-{backend}-{precision}", variant="v", backend=backend, precision=precision),
+            status="pass" if ok else "fail",
+            reason="",
+            reference=reference,
+            images=8,
+            stages=[StageResult(name="decoded", status="pass", checks=checks)],
+            scores=Scores(reference_ap=None if reference == "float64" else 0.5, subject_ap=ap, subject_ap50=0.7),
+        )
+
+    skip = CaseResult(
+        case=CaseId(id="w-torch-fp32", variant="w", backend="torch", precision="fp32"),
+        status="skip",
+        reason="no weights",
+    )
+    cases = [
+        case("tensorrt", "fp16", "v-torch-fp32", 0.49, 3.0, ok=False),
+        case("onnxruntime", "fp32", "v-torch-fp32", 0.499999, 0.001),
+        case("torch", "fp32", "float64", 0.5, 0.0005),
+        skip,
+    ]
+    table = to_markdown(Alignment(created="", command="", cases=cases)).splitlines()
+    assert table[2] == "| variant | images | AP | onnxruntime fp32 | tensorrt fp16 |"
+    assert table[4:] == ["| v | 8 | 0.5000 | 0.001 / - / +0.0000 | 3 / - / -0.0100 **fails** |"]

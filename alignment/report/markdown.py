@@ -8,23 +8,31 @@ HEADING = "largest error of boxes, px / of scores / change of AP"
 
 
 def to_markdown(alignment: Alignment) -> str:
-    """The accuracy of every case against its reference, with a line that says what the cells hold."""
+    """The accuracy of every case against its reference, variants that were not run left out."""
     by_variant: dict[str, dict[str, CaseResult]] = {}
-    for case in alignment.cases:
-        by_variant.setdefault(case.case.variant, {})[_column(case)] = case
-    subjects = sorted({_column(case) for case in alignment.cases if not _is_reference(case)})
+    for case in sorted(alignment.cases, key=_order):
+        if case.scores:
+            by_variant.setdefault(case.case.variant, {})[_column(case)] = case
+    done = [case for cases in by_variant.values() for case in cases.values()]
+    columns = list(dict.fromkeys(_column(case) for case in sorted(done, key=_order) if not _is_reference(case)))
     lines = [
         f"Cells: {HEADING}.",
         "",
-        "| " + " | ".join(["variant", "images", "AP", *subjects]) + " |",
-        "|" + "-|" * (3 + len(subjects)),
+        "| " + " | ".join(["variant", "images", "AP", *columns]) + " |",
+        "|" + "-|" * (3 + len(columns)),
     ]
-    for variant, cases in by_variant.items():
-        shown = next((c for c in cases.values() if c.scores), None)
-        ap, images = (f"{_reference_ap(shown):.4f}", str(shown.images)) if shown else ("-", "-")
-        cells = [_cell(cases[column]) if column in cases else "-" for column in subjects]
-        lines.append("| " + " | ".join([variant, images, ap, *cells]) + " |")
+    for variant in sorted(by_variant):
+        cases = by_variant[variant]
+        first = next(iter(cases.values()))
+        cells = [_cell(cases[column]) if column in cases else "-" for column in columns]
+        lines.append(f"| {variant} | {first.images} | {_reference_ap(first):.4f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _order(case: CaseResult) -> tuple[int, str, str]:
+    precisions = ("fp32", "tf32", "fp16")
+    known = case.case.precision in precisions
+    return (precisions.index(case.case.precision) if known else len(precisions), case.case.backend, case.case.id)
 
 
 def _reference_ap(case: CaseResult) -> float:
@@ -41,13 +49,12 @@ def _is_reference(case: CaseResult) -> bool:
 
 
 def _cell(case: CaseResult) -> str:
-    if case.status == "skip":
-        return "skipped"
     if _is_reference(case):
         return "reference"
     values: dict[str, float] = {}
     for check in (check for stage in case.stages for check in stage.checks):
         values[check.name] = max(check.value, values.get(check.name, 0.0))
     parts = [f"{values[name]:.2g}" if name in values else "-" for name in ("boxes", "scores")]
-    parts.append(f"{case.scores.subject_ap - _reference_ap(case):+.4f}" if case.scores else "-")
+    change = round(case.scores.subject_ap - _reference_ap(case), 4) if case.scores else 0.0
+    parts.append(f"{change + 0.0:+.4f}")  # no negative zero
     return " / ".join(parts) + ("" if case.status == "pass" else " **fails**")

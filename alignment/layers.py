@@ -24,6 +24,8 @@ BAND_FACTOR = 16.0
 #: The same for float16, whose sums are made in float32: ONNX Runtime comes to 0.6 of this band at most, on 11 models.
 HALF_BAND_FACTOR = 4.0
 HALF_MAX, HALF_SMALLEST = float(np.finfo(np.float16).max), float(np.finfo(np.float16).smallest_normal)
+#: Operators that average: a backend may add the terms one after another, where plain float32 adds them pairwise.
+AVERAGING = ("GlobalAveragePool", "ReduceMean")
 EPSILON, HALF_EPSILON = float(np.finfo(np.float32).eps), float(np.finfo(np.float16).eps)
 RangeFault = Literal["overflow", "underflow"]
 #: What float16 cannot do with such values.
@@ -108,8 +110,7 @@ def compare_layers(
     modules = _modules(model)
     halves = {name for node in split(graph.graph)[0] for name in node.output} if precision == "fp16" else None
     return [
-        _layer(node, name, ours[name], plain[name], truth[name], modules.get(node.name, ""), halves)
-        for node, name in made
+        _layer(node, name, ours[name], plain[name], truth, modules.get(node.name, ""), halves) for node, name in made
     ]
 
 
@@ -149,16 +150,22 @@ def _layer(
     name: str,
     ours: np.ndarray,
     plain: np.ndarray,
-    truth: np.ndarray,
+    truths: dict[str, np.ndarray],
     module: str,
     halves: set[str] | None,
 ) -> LayerError:
-    """`halves`: the tensors that are float16 in FP16, None in another precision."""
+    """`truths`: every tensor in float64; `halves`: those that are float16 in FP16, None in another precision."""
+    truth = truths[name]
     low, high = (float(truth.min()), float(truth.max())) if truth.size else (0.0, 0.0)
     own = float(np.abs(plain - truth).max(initial=0.0))
     # A tensor that plain float32 gets exactly, a Reshape's say, still carries half a rounding of its inputs.
     factor = BAND_FACTOR if halves is None else HALF_BAND_FACTOR * HALF_EPSILON / EPSILON
-    band = factor * max(own, EPSILON * max(-low, high))
+    floor = max(-low, high)
+    if node.op_type in AVERAGING:
+        # The rounding of n terms that are added in sequence is a random walk (Higham, 1993).
+        terms = truths[node.input[0]]
+        floor = max(floor, float(np.abs(terms).mean()) * float(np.sqrt(terms.size / truth.size)))
+    band = factor * max(own, EPSILON * floor)
     distance = np.abs(ours - truth) if ours.shape == truth.shape else np.array(np.inf)
     error = float(distance.max(initial=0.0)) if np.isfinite(distance).all() else float("inf")
     fault = _range_fault(ours, truth, name in halves, error > band) if halves is not None else None

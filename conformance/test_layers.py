@@ -159,6 +159,20 @@ def test_onnx_runtime_stays_inside_the_band_with_every_tensor(model, batch):
     assert all(layer.band <= 1e-3 * layer.magnitude for layer in layers if layer.op == "Conv")
 
 
+def test_the_band_allows_for_averages_over_whole_maps():
+    """RTMDet's channel attention averages 1600 values; ONNX Runtime adds them one after another."""
+    pytest.importorskip("mmyolo")
+    from alignment.export.onnx_export import exported
+
+    variant = load_variant("rtmdet_embedded")
+    image = next(iter(open_samples(variant, None, 1))).tensor[None]
+    layers, _ = compare(exported(variant).onnx, image)
+    averages = [layer for layer in layers if layer.op == "GlobalAveragePool"]
+    assert averages
+    assert all(layer.band <= 1e-3 * layer.magnitude for layer in averages)
+    assert first_outside(layers) is None
+
+
 @pytest.mark.parametrize("plant", FAULTS)
 def test_a_planted_fault_is_named_exactly(model, batch, plant):
     layers, node = compare(model, batch, plant)

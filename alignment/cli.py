@@ -95,7 +95,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="align-run-") as staging:
         how = RunOptions(golden=folder, out=Path(staging), records=records, batch=batch)
         options = session.SessionOptions(data, images, how)
-        for variant, cases in plan:
+        for variant, cases in plan if variants else ():
             session.require(variant, cases, options)
         alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
         for variant, cases in plan:
@@ -204,7 +204,9 @@ def variants() -> None:
         v = load_variant(path)
         source = v.source.config if v.source.kind == "mmyolo" else v.source.file.name
         missing = unavailable(v, None)
-        here = "ready" if missing is None else "no " + ("weights" if not v.weights.is_file() else "images")
+        here = "ready"
+        if missing:
+            here = "no " + ("weights" if not v.weights.is_file() else "mmrotate" if "mmrotate" in missing else "images")
         table.add_row(v.name, source, f"{v.input.height} x {v.input.width}", str(v.classes), v.dataset, here)
     out.print(table)
 

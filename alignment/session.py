@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,13 @@ def run_cases(
 
 
 def unavailable(variant: Variant, data: Path | None) -> str | None:
-    """Why a variant cannot be run here: weights or images that are nowhere; None when nothing is missing."""
+    """Why a variant cannot be run here: weights, images or packages that are nowhere; None when nothing is missing."""
     if not variant.weights.is_file():
         return f"{variant.weights}: no such file: set ALIGN_DATA, or name the weights in the variant's YAML"
     if dataset_root(variant, data) is None:
         return f"{variant.name}: no images: {images_mend(variant)}"
+    if variant.rotated and variant.has_torch and not all(map(find_spec, ("mmrotate", "e2cnn"))):
+        return f"{variant.name}: mmrotate is not installed: pip install e2cnn; pip install --no-deps mmrotate==1.0.0rc1"
     return None
 
 

@@ -215,3 +215,13 @@ def test_results_of_upright_boxes_are_as_before():
     (box,) = boxes_of(found, np.array([True]), ["a"])
     assert box == Box(xyxy=(1, 2, 3, 4), score=0.9, label=0, label_name="a")
     assert Box.model_validate({"xyxy": [1, 2, 3, 4], "score": 0.9, "label": 0}).corners is None
+
+
+def test_without_mmrotate_it_is_skipped_with_the_mend(monkeypatch):
+    from alignment import session
+
+    monkeypatch.setattr(session, "find_spec", lambda name: None)
+    reason = session.unavailable(load_variant("rtmdet_r_embedded"), None)
+    assert reason
+    assert "pip install --no-deps mmrotate" in reason
+    assert session.unavailable(load_variant("rtmdet_embedded"), None) is None

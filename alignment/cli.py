@@ -171,7 +171,11 @@ def layers(
         )
     sample = next(iter(open_samples(chosen, data, 1)))
     found = compare_layers(
-        exported(chosen).onnx, lambda path: open_model(path, cases[0]), sample.tensor[None], cases[0].precision
+        exported(chosen).onnx,
+        lambda path: open_model(path, cases[0], patterns=chosen.float32_nodes),
+        sample.tensor[None],
+        cases[0].precision,
+        chosen.float32_nodes,
     )
     worst = sorted(found, key=lambda layer: layer.error / layer.band if layer.band else 0.0, reverse=True)
     table = Table("node", "op", "error", "band", "error / band", title=f"{cases[0].id}: {len(found)} tensors")
@@ -185,7 +189,8 @@ def layers(
     if fault and fault.range_fault:
         out.print(
             f"first {fault.range_fault} of float16: {fault.place}: {fault.low:.3g} to {fault.high:.3g} in float64; "
-            f"{RANGE[fault.range_fault]}: keep that node in float32, and those up to where the values fit again",
+            f"{RANGE[fault.range_fault]}: name that node in the variant's float32_nodes, and those up to where "
+            "the values fit again",
             markup=False,
         )
     if first or fault:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from alignment.case import Precision
-from alignment.export.float16 import split
+from alignment.export.float16 import float32_nodes
 from alignment.export.onnx_export import node_map_path
 from alignment.runners.base import Runner, filled
 from alignment.runners.evaluator import OnnxEvaluator
@@ -79,7 +79,11 @@ class LayerError:
 
 
 def compare_layers(
-    model: Path, open_subject: Callable[[Path], Runner], batch: np.ndarray, precision: Precision = "fp32"
+    model: Path,
+    open_subject: Callable[[Path], Runner],
+    batch: np.ndarray,
+    precision: Precision = "fp32",
+    patterns: Sequence[str] = (),
 ) -> list[LayerError]:
     """Holds every float tensor of a graph to float64.
 
@@ -89,6 +93,7 @@ def compare_layers(
             keeps some backends from fusing across it.
         batch: ``[B, 3, H, W] float32``.
         precision: that the subject runs in; ``fp16`` has a wider band, and a range to stay in.
+        patterns: the variant's `float32_nodes`.
 
     Returns:
         One entry a tensor, in the order of the graph.
@@ -108,7 +113,10 @@ def compare_layers(
         with open_subject(marked) as subject:
             ours = subject.run(batch)
     modules = _modules(model)
-    halves = {name for node in split(graph.graph)[0] for name in node.output} if precision == "fp16" else None
+    halves: set[str] | None = None
+    if precision == "fp16":
+        single = set(float32_nodes(model, patterns))
+        halves = {name for node in graph.graph.node if node.name not in single for name in node.output}
     return [
         _layer(node, name, ours[name], plain[name], truth, modules.get(node.name, ""), halves) for node, name in made
     ]

@@ -175,6 +175,8 @@ class Variant(_Strict):
 
     `boxes` are ``horizontal`` (x1, y1, x2, y2) or ``rotated`` (cx, cy, w, h, angle in radians).  `dataset` says on
     which images it is scored: ``coco`` and ``dota`` are looked for below ``ALIGN_DATA``, the synthetic ones are drawn.
+    `float32_nodes` are names of ONNX nodes, with wildcards, that FP16 leaves in float32 beside those that decode: the
+    mend for values that float16 cannot hold.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
@@ -184,6 +186,7 @@ class Variant(_Strict):
     classes: Annotated[int, Field(gt=0)]
     boxes: Literal["horizontal", "rotated"] = "horizontal"
     nms: Nms = Nms()
+    float32_nodes: list[str] = []
     dataset: Literal["coco", "synthetic", "dota", "synthetic_rotated"] = "coco"
     notes: str = ""
 
@@ -249,6 +252,8 @@ class Variant(_Strict):
         fields = self.model_dump(mode="json", exclude={"name", "notes", "dataset"})
         if not self.rotated:
             del fields["boxes"]
+        if not self.float32_nodes:
+            del fields["float32_nodes"]
         source = fields["source"]
         for key in ("checkpoint", "file"):
             source.pop(key, None)

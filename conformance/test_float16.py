@@ -18,7 +18,7 @@ from alignment.engine import build
 from alignment.engine.build import BuildOptions
 from alignment.engine.capabilities import Capabilities
 from alignment.errors import AlignError
-from alignment.export.float16 import float16_model, split
+from alignment.export.float16 import float16_model, float32_nodes, split
 from alignment.export.onnx_export import ExportedModel, exported
 from alignment.golden import DEFAULTS
 from alignment.layers import mark_outputs
@@ -108,6 +108,34 @@ def test_it_is_converted_once_and_again_after_a_change(model, monkeypatch, tmp_p
     assert len({first, float16_model(model.onnx, native=False), float16_model(changed)}) == 3
 
 
+def test_kept_nodes_are_float32_and_so_is_what_goes_between_them(model, native):
+    graph = onnx.load(model.onnx).graph
+    keep = [*float32_nodes(model.onnx, ["*/stage2/stage2.0/*", "*/stage2/stage2.1/main_conv/conv/Conv"])]
+    half = onnx.load(float16_model(model.onnx, native, keep)).graph
+    makers = {name: node for node in half.node for name in node.output}
+    weights = {w.name: w for w in half.initializer}
+    original = {w.name: numpy_helper.to_array(w) for w in graph.initializer}
+    kept = [node for node in half.node if node.name in keep and "stage2" in node.name]
+    assert len(kept) == 4
+    for node in kept:
+        for name in node.input:
+            if name in weights:
+                assert np.array_equal(numpy_helper.to_array(weights[name]), original[name.removesuffix("_exact")])
+            else:
+                maker = makers[name]
+                assert maker.name in keep or node is kept[0], f"{node.name} reads {maker.name}"
+    fast, slow = (OnnxRuntimeRunner(float16_model(model.onnx, native, k)).run(IMAGE)["boxes"] for k in (keep, []))
+    assert not np.array_equal(fast, slow)
+
+
+def test_with_every_node_kept_it_is_the_float32_graph(model, native):
+    keep = float32_nodes(model.onnx, ["*"])
+    found = OnnxRuntimeRunner(float16_model(model.onnx, native, keep), optimize=False).run(IMAGE)
+    expected = OnnxRuntimeRunner(model.onnx, optimize=False).run(IMAGE)
+    for name, values in expected.items():
+        assert np.abs(found[name] - values).max() <= 1e-4 * np.abs(values).max()
+
+
 def tiny(path: Path, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], output: list) -> Path:
     image = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
     answer = helper.make_tensor_value_info("y", TensorProto.FLOAT, output)
@@ -167,9 +195,12 @@ def test_what_cannot_be_converted_leaves_nothing(model, monkeypatch, tmp_path):
 def test_tensorrt_gets_a_float16_graph_where_it_has_no_flag_for_it(model, monkeypatch, version, typed):
     monkeypatch.setattr(Capabilities, "current", classmethod(lambda cls: cls(version)))
     monkeypatch.setattr(tensorrt, "TensorRTRunner", lambda path, options: (path, options))
+    decoding = float32_nodes(model.onnx, [])
     path, options = open_model(model.onnx, Case("yolov8_embedded", "tensorrt", "fp16"), batch=4)
-    assert path == (float16_model(model.onnx) if typed else model.onnx)
-    assert options == BuildOptions(precision="fp16", strongly_typed=typed, opt_batch=4, max_batch=4)
+    assert path == (float16_model(model.onnx, keep=decoding) if typed else model.onnx)
+    assert options == BuildOptions(
+        precision="fp16", strongly_typed=typed, float32_nodes=() if typed else decoding, opt_batch=4, max_batch=4
+    )
     path, options = open_model(model.onnx, Case("yolov8_embedded", "tensorrt", "fp32"))
     assert (path, options) == (model.onnx, BuildOptions())
 
@@ -186,6 +217,12 @@ def test_a_strongly_typed_network_is_asked_for_where_that_is_a_choice(monkeypatc
     else:
         assert build._network_flags(options, ability) == flags
     assert build._network_flags(BuildOptions(), ability) == int(not version.startswith("11"))
+
+
+def test_a_float32_graph_is_no_strongly_typed_float16(model):
+    build._require_float16(float16_model(model.onnx))
+    with pytest.raises(AlignError, match="nothing in it is float16"):
+        build._require_float16(model.onnx)
 
 
 def test_float16_cases_are_those_of_the_deployed_backends():

@@ -16,6 +16,9 @@ from typer.testing import CliRunner
 from alignment.case import Case, Precision
 from alignment.cli import app
 from alignment.data.samples import open_samples
+from alignment.engine.capabilities import missing
+from alignment.errors import AlignError
+from alignment.export.float16 import float32_nodes
 from alignment.layers import (
     HALF_MAX,
     HALF_SMALLEST,
@@ -212,8 +215,12 @@ class Rescaled:
         graph = onnx.load(model)
         self.node = convolution(graph, 0.1)
         (activation,) = [n for n in graph.graph.node if n.op_type == "Mul" and self.node.output[0] in n.input]
-        (following,) = [n for n in graph.graph.node if activation.output[0] in n.input]
-        for name, factor in ((self.node.input[1], scale), (self.node.input[2], scale), (following.input[1], 1 / scale)):
+        (self.following,) = [n for n in graph.graph.node if activation.output[0] in n.input]
+        for name, factor in (
+            (self.node.input[1], scale),
+            (self.node.input[2], scale),
+            (self.following.input[1], 1 / scale),
+        ):
             change_weights(graph, name, lambda weights, by=factor: weights * np.float32(by))
         self.path = folder / "rescaled.onnx"
         onnx.save(graph, self.path)
@@ -256,14 +263,35 @@ def test_a_run_out_of_the_range_of_float16_fails_and_sends_to_the_layers(rescale
     assert "`align layers rescaled --backend onnxruntime --precision fp16` says why" in half.reason
 
 
-def test_the_command_names_tensor_module_range_and_remedy(rescaled):
+@pytest.mark.parametrize("backend", [pytest.param("tensorrt", marks=pytest.mark.gpu), "onnxruntime"])
+def test_the_command_names_tensor_module_range_and_a_remedy_that_works(rescaled, backend):
+    if backend == "tensorrt" and (reason := missing()):
+        pytest.skip(reason)
     planted, kind = rescaled
-    done = CliRunner().invoke(app, ["layers", str(planted.variant), "--precision", "fp16"])
+    command = ["layers", str(planted.variant), "--precision", "fp16", "--backend", backend]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 1, done.output
     (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"first {kind} of float16: ")]
     assert f"{planted.node.name} (Conv) of module model.backbone.stage2.0.conv, tensor {planted.node.output[0]}" in line
     assert " in float64; float16 " in line
-    assert "keep that node in float32" in line
+    assert "name that node in the variant's float32_nodes" in line
+    fields = yaml.safe_load(planted.variant.read_text())
+    fields["float32_nodes"] = ["/detector/backbone/stage2/stage2.0/*", planted.following.name]
+    planted.variant.write_text(yaml.safe_dump(fields))
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_node_to_keep_in_float32_that_is_not_there_is_an_error(model):
+    with pytest.raises(AlignError, match=r"no node is named '/detector/backbone/stem/conv/Con'.*stem/conv/Conv"):
+        float32_nodes(model, ["/detector/backbone/stem/conv/Con"])
+    decoding = float32_nodes(model, [])
+    assert float32_nodes(model, ["*/stem/*"]) == (
+        "/detector/backbone/stem/conv/Conv",
+        "/detector/backbone/stem/activate/Sigmoid",
+        "/detector/backbone/stem/activate/Mul",
+        *decoding,
+    )
 
 
 def test_marking_adds_outputs_once_and_leaves_the_model_alone(model):

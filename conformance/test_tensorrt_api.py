@@ -265,6 +265,7 @@ def test_fingerprint_depends_on_every_field():
     other = {
         "precision": "tf32",
         "strongly_typed": True,
+        "float32_nodes": ("a",),
         "min_batch": 2,
         "opt_batch": 2,
         "max_batch": 8,

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from alignment.engine.build import BuildOptions
 from alignment.engine.capabilities import gpu, missing
 from alignment.errors import AlignError
+from alignment.export.float16 import float32_nodes
 from alignment.export.onnx_export import exported
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.runners.tensorrt import TensorRTRunner
@@ -113,6 +114,22 @@ def test_tf32_is_the_mismatch():
             errors[precision] = float(np.abs(runner.run(image)["boxes"] - expected).max())
     assert errors["fp32"] < 0.01
     assert errors["tf32"] > 10 * errors["fp32"]
+
+
+def test_float16_with_decoding_in_float32_is_nearer():
+    """And named nodes stay in float32: with all of them named, nothing is left to round."""
+    variant = load_variant("yolov8_embedded")
+    path = exported(variant).onnx
+    image = np.random.default_rng(0).random((1, 3, variant.input.height, variant.input.width), np.float32)
+    expected = OnnxRuntimeRunner(path).run(image)["boxes"]
+    errors = []
+    for keep in ((), float32_nodes(path, []), float32_nodes(path, ["*"])):
+        with TensorRTRunner(path, BuildOptions(precision="fp16", float32_nodes=keep)) as runner:
+            assert runner.provenance["build"]["float32_nodes"] == len(keep)
+            errors.append(float(np.abs(runner.run(image)["boxes"] - expected).mean()))
+    free, decoded, single = errors
+    print(f"mean box error in px: free {free:.3g}, decoding in float32 {decoded:.3g}, all in float32 {single:.3g}")
+    assert single < 1e-3 < decoded <= free
 
 
 def test_second_engine_comes_from_the_cache(runner, model):

@@ -39,6 +39,8 @@ class BuildOptions:
         precision: ``fp32`` (TF32 off, which TensorRT leaves on by itself), ``tf32``, or ``fp16`` (with TF32 off).
         strongly_typed: every type is the graph's own, so that ``fp16`` asks for a float16 graph; without it TensorRT
             chooses between float16 and float32 layer by layer, until 10.x.
+        float32_nodes: names of ONNX nodes that ``fp16`` leaves in float32; not with strongly typed networks, whose
+            graph says so itself.
         min_batch: smallest batch, for a graph whose batch axis is dynamic; as are the next two.
         opt_batch: the batch that TensorRT tunes for.
         max_batch: largest batch.
@@ -51,6 +53,7 @@ class BuildOptions:
 
     precision: Literal["fp32", "tf32", "fp16"] = "fp32"
     strongly_typed: bool = False
+    float32_nodes: tuple[str, ...] = ()
     min_batch: int = 1
     opt_batch: int = 1
     max_batch: int = 1
@@ -159,8 +162,11 @@ def build_engine(onnx_path: Path, options: BuildOptions, log: Log) -> bytes:
         parser = trt.OnnxParser(network, logger)  # holds weights: it must live until the build is done
         if not parser.parse_from_file(str(onnx_path)):
             raise _parse_error(parser, onnx_path, ability, log)
+        if options.strongly_typed and options.precision == "fp16":
+            _require_float16(onnx_path)
         _mark_outputs(network, options.layers_as_outputs, onnx_path)
         config = _configure(builder, options, ability)
+        _keep_float32(network, config, options.float32_nodes, onnx_path, ability)
         _add_profile(builder, network, config, options, onnx_path)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
@@ -243,6 +249,44 @@ def _mark_outputs(network: Any, names: tuple[str, ...], path: Path) -> None:
         tensor = tensors[name]
         if not tensor.is_network_output:
             network.mark_output(tensor)
+
+
+def _require_float16(path: Path) -> None:
+    """Refuses a graph of which a strongly typed network would be float32 throughout."""
+    graph = onnx.load(path, load_external_data=False).graph
+    casts = (a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to")
+    if onnx.TensorProto.FLOAT16 not in {*casts, *(weight.data_type for weight in graph.initializer)}:
+        raise AlignError(
+            f"{path}: nothing in it is float16, and a strongly typed network takes its types from the graph",
+            "give the file that float16_model() makes",
+        )
+
+
+def _keep_float32(network: Any, config: Any, nodes: tuple[str, ...], path: Path, ability: Capabilities) -> None:
+    """Binds the layers of the named ONNX nodes to float32."""
+    if not nodes:
+        return
+    import tensorrt as trt
+
+    if not ability.has_layer_precision:
+        raise AlignError(
+            f"TensorRT {ability.version} takes no precision for a layer", "build a float16 graph, strongly typed"
+        )
+    made = {
+        name
+        for node in onnx.load(path, load_external_data=False).graph.node
+        if node.name in nodes
+        for name in node.output
+    }
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        for number, tensor in enumerate(outputs):
+            # The parser may make several layers of a node; the last has the node's output, and often its name.
+            if (tensor.name in made or layer.name in nodes) and tensor.dtype == trt.DataType.FLOAT:
+                layer.precision = trt.DataType.FLOAT
+                layer.set_output_type(number, trt.DataType.FLOAT)
 
 
 def _parse_error(parser: Any, path: Path, ability: Capabilities, log: Log) -> AlignError:

@@ -8,9 +8,11 @@ in float16 as well moves boxes by up to 0.37 px (yolov8_embedded at 320) and 0.4
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import onnx
@@ -25,11 +27,35 @@ RECIPE = 1
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 
 
-def float16_model(path: Path, native: bool = True) -> Path:
+def float32_nodes(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The names of the nodes that FP16 leaves in float32: those that decode, and those that `patterns` name.
+
+    Args:
+        path: a float32 ONNX file.
+        patterns: node names, in which ``*`` and ``?`` stand for others.
+
+    Raises:
+        AlignError: for a pattern that no node answers to.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    _, decoding = split(graph)
+    chosen = {node.name for node in decoding}
+    names = [node.name for node in graph.node]
+    for pattern in patterns:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            near = ", ".join(difflib.get_close_matches(pattern, names, 3)) or "`align layers` lists them"
+            raise AlignError(f"{path}: no node is named {pattern!r} (float32_nodes)", f"nodes named alike: {near}")
+        chosen.update(found)
+    return tuple(name for name in names if name in chosen)
+
+
+def float16_model(path: Path, native: bool = True, keep: Sequence[str] = ()) -> Path:
     """The float16 form of a float32 ONNX file: converted once and kept in the cache by content.
 
     Args:
         path: the file.
+        keep: names of nodes that stay float32, weights and all; what goes from one to another is not rounded.
         native: nodes take and give float16, as hardware that has it runs them.  Without it every node computes in
             float32 and what it gives is rounded to float16, by casts that are part of the graph.  That is for CPUs:
             ONNX Runtime computes there in float32 anyway, and takes the liberty to round a chain of nodes only at its
@@ -41,13 +67,13 @@ def float16_model(path: Path, native: bool = True) -> Path:
     import onnxruntime
 
     model = check_onnx(path)
-    key = [RECIPE, native, onnx.__version__, onnxruntime.__version__]
+    key = [RECIPE, native, sorted(keep), onnx.__version__, onnxruntime.__version__]
     digest = hashlib.sha256(json.dumps(key).encode() + model.SerializeToString(deterministic=True)).hexdigest()[:16]
     converted = cache_dir() / "float16" / f"{path.stem}-{digest}.onnx"
     with locked(converted):
         if not converted.is_file():
             try:
-                half = to_float16(model, native)
+                half = to_float16(model, native, keep)
             except Exception as error:  # converter and checker have error types of their own
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 raise AlignError(f"{path}: cannot be converted to float16: {reason}", "run it in fp32") from error
@@ -56,18 +82,21 @@ def float16_model(path: Path, native: bool = True) -> Path:
     return converted
 
 
-def to_float16(model: ModelProto, native: bool) -> ModelProto:
+def to_float16(model: ModelProto, native: bool, keep: Sequence[str] = ()) -> ModelProto:
     """See `float16_model`.  Nodes, weights, inputs and outputs keep their names, so a node map fits both graphs."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     before, decoding = split(model.graph)
+    kept = {node.name for node in before} & set(keep)
     half = convert_float_to_float16(
         _part(model, before, decoding),
         keep_io_types=True,
         op_block_list=DEFAULT_OP_BLOCK_LIST if native else sorted({node.op_type for node in before}),
+        node_block_list=sorted(kept),
         force_fp16_initializers=not native,
     )
+    _unround(half.graph, model.graph, kept)
     OnnxModel(half).topological_sort(is_deterministic=True)
     whole = _joined(model, half, decoding)
     onnx.checker.check_model(whole, full_check=True)
@@ -86,6 +115,45 @@ def split(graph: GraphProto) -> tuple[list[NodeProto], list[NodeProto]]:
         else:
             decoding.append(node)
     return (before[::-1], decoding[::-1]) if before else (decoding[::-1], [])
+
+
+def _unround(half: GraphProto, single: GraphProto, kept: set[str]) -> None:
+    """Takes float16 out of the way between nodes that are `kept` in float32, and from their weights.
+
+    The converter puts a cast to float16 behind each of them and one back to float32 before each: a pair of these is
+    passed over where both its ends are float32.
+    """
+    makers = {name: node for node in half.node for name in node.output}
+    weights = {weight.name: weight for weight in single.initializer}
+    present = {weight.name for weight in half.initializer}
+    inputs = {value.name for value in half.input}
+    outputs = {output.name for output in half.output}
+
+    def exact(name: str) -> str | None:
+        """The float32 tensor or weight that tensor `name` is the rounded form of."""
+        up = makers.get(name)
+        if up is None or up.op_type != "Cast":
+            return None
+        if up.input[0] in weights and weights[up.input[0]].data_type == TensorProto.FLOAT:
+            own = f"{up.input[0]}_exact"
+            if own not in present:
+                half.initializer.add().CopyFrom(weights[up.input[0]])
+                half.initializer[-1].name = own
+                present.add(own)
+            return own
+        down = makers.get(up.input[0])
+        if down is None or down.op_type != "Cast":
+            return None
+        source = down.input[0]
+        return source if source in inputs or (source in makers and makers[source].name in kept) else None
+
+    for node in list(half.node):
+        if node.name in kept:
+            node.input[:] = [exact(name) or name for name in node.input]
+        elif node.op_type == "Cast" and node.output[0] in outputs and (found := exact(node.output[0])):
+            node.op_type = "Identity"
+            node.input[:] = [found]
+            del node.attribute[:]
 
 
 def _part(model: ModelProto, before: list[NodeProto], decoding: list[NodeProto]) -> ModelProto:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.case import Case
-from alignment.export.float16 import float16_model
+from alignment.export.float16 import float16_model, float32_nodes
 from alignment.export.onnx_export import exported
 from alignment.runners.base import Runner
 from alignment.variant import OnnxSource, Variant
@@ -26,26 +27,33 @@ def open_runner(variant: Variant, case: Case, batch: int = 1) -> Runner:
         from alignment.runners.torch import TorchRunner
 
         return TorchRunner(variant)
-    return open_model(exported(variant).onnx, case, batch)
+    return open_model(exported(variant).onnx, case, batch, variant.float32_nodes)
 
 
-def open_model(path: Path, case: Case, batch: int = 1) -> Runner:
+def open_model(path: Path, case: Case, batch: int = 1, patterns: Sequence[str] = ()) -> Runner:
     """Loads a float32 ONNX file into the backend of `case`, which may run it in another precision.
 
     FP16 is a float16 graph on ONNX Runtime, and on a TensorRT that takes its types from the graph; an older one makes
-    FP16 of the float32 graph by itself.
+    FP16 of the float32 graph by itself.  Either way nodes that decode, and those that `patterns` name, are float32.
     """
+    keep = float32_nodes(path, patterns) if case.precision == "fp16" else ()
     if case.backend == "onnxruntime":
         from alignment.runners.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(float16_model(path, native=False) if case.precision == "fp16" else path)
+        return OnnxRuntimeRunner(float16_model(path, False, keep) if case.precision == "fp16" else path)
     from alignment.engine.build import BuildOptions
     from alignment.engine.capabilities import Capabilities
     from alignment.runners.tensorrt import TensorRTRunner
 
     typed = case.precision == "fp16" and not Capabilities.current().has_fp16_flag
-    options = BuildOptions(precision=case.precision, strongly_typed=typed, opt_batch=batch, max_batch=batch)
-    return TensorRTRunner(float16_model(path) if typed else path, options)
+    options = BuildOptions(
+        precision=case.precision,
+        strongly_typed=typed,
+        float32_nodes=() if typed else keep,
+        opt_batch=batch,
+        max_batch=batch,
+    )
+    return TensorRTRunner(float16_model(path, keep=keep) if typed else path, options)
 
 
 def open_referee(variant: Variant, reference: Runner) -> Runner | None:

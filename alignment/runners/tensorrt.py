@@ -251,6 +251,7 @@ class TensorRTRunner(Runner):
                 "precision": options.precision,
                 "tf32": options.precision == "tf32",
                 "fp16": options.precision == "fp16",
+                "float32_nodes": len(options.float32_nodes),
                 "strongly_typed": options.strongly_typed or Capabilities.current().always_strongly_typed,
                 "optimization_level": options.optimization_level,
                 "batch": list(self._batches),

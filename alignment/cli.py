@@ -159,6 +159,7 @@ def layers(
     """Hold every intermediate tensor to float64 on one image, and name the first node that leaves the band."""
     from alignment.case import Case, cases_of
     from alignment.data.samples import open_samples
+    from alignment.export.float16 import float32_nodes
     from alignment.export.onnx_export import exported
     from alignment.layers import RANGE, compare_layers, first_outside, first_range_fault
     from alignment.runners.open import open_model
@@ -170,12 +171,11 @@ def layers(
             f"no layers to compare for {backend} {precision}", "choose onnxruntime with fp32 or fp16, or tensorrt"
         )
     sample = next(iter(open_samples(chosen, data, 1)))
+    model, patterns = exported(chosen).onnx, chosen.float32_nodes
+    # With every tensor an output, TensorRT 8.6 has no implementation of a decoding that is bound to float32.
+    keep = float32_nodes(model, patterns, decoding=backend != "tensorrt") if precision == "fp16" else ()
     found = compare_layers(
-        exported(chosen).onnx,
-        lambda path: open_model(path, cases[0], patterns=chosen.float32_nodes),
-        sample.tensor[None],
-        cases[0].precision,
-        chosen.float32_nodes,
+        model, lambda path: open_model(path, cases[0], keep=keep), sample.tensor[None], cases[0].precision, patterns
     )
     worst = sorted(found, key=lambda layer: layer.error / layer.band if layer.band else 0.0, reverse=True)
     table = Table("node", "op", "error", "band", "error / band", title=f"{cases[0].id}: {len(found)} tensors")

@@ -196,7 +196,7 @@ def test_tensorrt_gets_a_float16_graph_where_it_has_no_flag_for_it(model, monkey
     monkeypatch.setattr(Capabilities, "current", classmethod(lambda cls: cls(version)))
     monkeypatch.setattr(tensorrt, "TensorRTRunner", lambda path, options: (path, options))
     decoding = float32_nodes(model.onnx, [])
-    path, options = open_model(model.onnx, Case("yolov8_embedded", "tensorrt", "fp16"), batch=4)
+    path, options = open_model(model.onnx, Case("yolov8_embedded", "tensorrt", "fp16"), 4, decoding)
     assert path == (float16_model(model.onnx, keep=decoding) if typed else model.onnx)
     assert options == BuildOptions(
         precision="fp16", strongly_typed=typed, float32_nodes=() if typed else decoding, opt_batch=4, max_batch=4

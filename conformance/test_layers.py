@@ -63,7 +63,8 @@ def compare(
             graph = onnx.load(path)
             planted.append(plant(graph))
             onnx.save(graph, path)
-        return open_model(path, Case("yolov8_embedded", "onnxruntime", precision))
+        keep = float32_nodes(path, []) if precision == "fp16" else ()
+        return open_model(path, Case("yolov8_embedded", "onnxruntime", precision), keep=keep)
 
     return compare_layers(model, subject, batch, precision), planted[0] if planted else None
 
@@ -268,6 +269,8 @@ def test_the_command_names_tensor_module_range_and_a_remedy_that_works(rescaled,
     if backend == "tensorrt" and (reason := missing()):
         pytest.skip(reason)
     planted, kind = rescaled
+    if backend == "tensorrt" and kind == "underflow":
+        pytest.skip("TensorRT computes such a layer in float32 by itself: there is nothing to name")
     command = ["layers", str(planted.variant), "--precision", "fp16", "--backend", backend]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1, done.output

@@ -27,19 +27,19 @@ RECIPE = 1
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 
 
-def float32_nodes(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:
+def float32_nodes(path: Path, patterns: Sequence[str], decoding: bool = True) -> tuple[str, ...]:
     """The names of the nodes that FP16 leaves in float32: those that decode, and those that `patterns` name.
 
     Args:
         path: a float32 ONNX file.
         patterns: node names, in which ``*`` and ``?`` stand for others.
+        decoding: whether nodes that decode are among them.
 
     Raises:
         AlignError: for a pattern that no node answers to.
     """
     graph = onnx.load(path, load_external_data=False).graph
-    _, decoding = split(graph)
-    chosen = {node.name for node in decoding}
+    chosen = {node.name for node in split(graph)[1]} if decoding else set()
     names = [node.name for node in graph.node]
     for pattern in patterns:
         found = [name for name in names if fnmatchcase(name, pattern)]
@@ -154,6 +154,13 @@ def _unround(half: GraphProto, single: GraphProto, kept: set[str]) -> None:
             node.op_type = "Identity"
             node.input[:] = [found]
             del node.attribute[:]
+    while True:
+        read = _read(half.node) | outputs
+        unread = [node for node in half.node if node.op_type == "Cast" and node.output[0] not in read]
+        if not unread:
+            break
+        for node in unread:
+            half.node.remove(node)
 
 
 def _part(model: ModelProto, before: list[NodeProto], decoding: list[NodeProto]) -> ModelProto:

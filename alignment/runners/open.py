@@ -27,16 +27,17 @@ def open_runner(variant: Variant, case: Case, batch: int = 1) -> Runner:
         from alignment.runners.torch import TorchRunner
 
         return TorchRunner(variant)
-    return open_model(exported(variant).onnx, case, batch, variant.float32_nodes)
+    path = exported(variant).onnx
+    keep = float32_nodes(path, variant.float32_nodes) if case.precision == "fp16" else ()
+    return open_model(path, case, batch, keep)
 
 
-def open_model(path: Path, case: Case, batch: int = 1, patterns: Sequence[str] = ()) -> Runner:
+def open_model(path: Path, case: Case, batch: int = 1, keep: Sequence[str] = ()) -> Runner:
     """Loads a float32 ONNX file into the backend of `case`, which may run it in another precision.
 
     FP16 is a float16 graph on ONNX Runtime, and on a TensorRT that takes its types from the graph; an older one makes
-    FP16 of the float32 graph by itself.  Either way nodes that decode, and those that `patterns` name, are float32.
+    FP16 of the float32 graph by itself.  Either way the nodes named in `keep` stay float32.
     """
-    keep = float32_nodes(path, patterns) if case.precision == "fp16" else ()
     if case.backend == "onnxruntime":
         from alignment.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -49,7 +50,7 @@ def open_model(path: Path, case: Case, batch: int = 1, patterns: Sequence[str] =
     options = BuildOptions(
         precision=case.precision,
         strongly_typed=typed,
-        float32_nodes=() if typed else keep,
+        float32_nodes=() if typed else tuple(keep),
         opt_batch=batch,
         max_batch=batch,
     )

@@ -23,6 +23,7 @@ from alignment.variant import Variant, golden_dir, load_variant, zoo
 MARKERS = {
     "fp32_alignment": "torch, ONNX Runtime and TensorRT give the same answers in FP32",
     "fp16_alignment": "ONNX Runtime and TensorRT in FP16 find what torch finds in FP32",
+    "nms": "post-processing: what each implementation keeps, and why they differ",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
     "real_data": "needs the real checkpoints and images below ALIGN_DATA",
 }

@@ -78,7 +78,7 @@ def test_names_exist_or_are_guarded(path: Path):
 
 def test_uses_are_found():
     assert {path.name for path, source in SOURCES.items() if imports_tensorrt(ast.parse(source))} == {
-        *("build.py", "capabilities.py", "log.py", "tensorrt.py")
+        *("build.py", "capabilities.py", "execute.py", "log.py", "tensorrt.py")
     }
     names = {use.name for source in SOURCES.values() for use in uses(source, OPAQUE)}
     expected = {"Builder.build_serialized_network", "BuilderFlag.TF32", "IBuilderConfig.builder_optimization_level"}
@@ -165,7 +165,7 @@ def test_capability_is_true_exactly_where_the_name_exists(name: str, version: st
     [
         ("8.4.3.1", 4096, False, ("implicit", "dynamic_range", "qdq")),
         ("8.5.1", 5000, False, ("implicit", "dynamic_range", "qdq")),
-        ("8.6.1.post1", 5000, True, ("implicit", "dynamic_range", "qdq")),
+        ("8.6.1.post1", 5000, False, ("implicit", "dynamic_range", "qdq")),
         ("10.16.1.11", 5000, True, ("implicit", "dynamic_range", "qdq")),
         ("11.4.0.106", 5000, True, ("qdq",)),
     ],

@@ -1,0 +1,397 @@
+"""What a post-processing makes of boxes and scores: which candidates it keeps, and what became of every other one.
+
+A `Semantics` says what one implementation does, `run` does it.  The functions below it are the implementations that
+deployments meet; a test holds each to the real thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal
+
+import numpy as np
+
+from alignment.data.preprocess import Transform
+from alignment.nms.rotated import rotated_iou_matrix
+from alignment.variant import Nms
+
+#: EfficientNMS_TRT below this score threshold sorts all pairs, and drops none: those under the threshold, and those of
+#: the background, only get `FLOOR` as score (efficientNMSInference.cu, `kernelSelectThreshold`).
+DENSE_BELOW, FLOOR = 0.007, -32768.0
+#: mmcv's batched_nms keeps classes apart by offsets up to so many boxes, and one by one from there on.
+SPLIT = 10000
+# Boxes settled at a time.
+_BLOCK = 128
+
+Unit = Literal["pairs", "anchors"]
+Classes = Literal["apart", "offset", "together"]
+Frame = Literal["original", "input"]
+
+
+class Fate(IntEnum):
+    """What became of a (row, class) pair."""
+
+    KEPT = 0
+    BELOW_THRESHOLD = 1
+    BACKGROUND = 2
+    NOT_BEST_CLASS = 3
+    CUT_BY_TOPK = 4
+    CUT_BY_CAP = 5
+    SUPPRESSED = 6
+    CUT_BY_MAX_OUTPUT = 7
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """What a post-processing does, one field a choice.
+
+    Attributes:
+        score_threshold: compared in the scores' own type.
+        score_inclusive: whether a score at the threshold passes.
+        multi_label: whether a row may pass with several classes, or only with its best.
+        background: a class that is no detection.
+        floor: the score of what does not pass, where that stays a candidate; None where it is dropped.
+        topk: how many candidates of highest score go on.
+        topk_unit: ``pairs``: of the (row, class) pairs that passed; ``anchors``: of the rows, by their best score,
+            before any threshold.
+        candidate_cap: how many pairs NMS takes.
+        ties: equal scores go by row and class, ``rising`` or ``falling``.
+        frame: whose pixels the IoU is taken in: of the network's ``input``, or of the ``original`` image.
+        classes: ``apart``: other classes never suppress; ``offset``: the same by adding class × (largest coordinate
+            + 1) to the boxes in their own type; ``together``: they do suppress.
+        split: with ``offset``, from how many boxes on classes are taken one by one all the same.
+        iou_threshold: compared in float32.
+        iou_inclusive: whether a box goes whose IoU with a kept one is the threshold.
+        reorder: whether x1 > x2 or y1 > y2 is mended before the IoU, and boxes without area overlap nothing.
+        max_per_class: how many detections of a class.
+        max_output: how many detections.
+    """
+
+    score_threshold: float
+    iou_threshold: float
+    score_inclusive: bool = False
+    multi_label: bool = True
+    background: int | None = None
+    floor: float | None = None
+    topk: int | None = None
+    topk_unit: Unit = "pairs"
+    candidate_cap: int | None = None
+    ties: Literal["rising", "falling"] = "rising"
+    frame: Frame = "input"
+    classes: Classes = "apart"
+    split: int | None = None
+    iou_inclusive: bool = False
+    reorder: bool = False
+    max_per_class: int | None = None
+    max_output: int | None = None
+
+
+@dataclass(frozen=True)
+class Fates:
+    """What became of the pairs of one image: of those that passed the score threshold, by falling score.
+
+    Attributes:
+        rows, labels: ``[n] int64``.
+        scores: ``[n]``.
+        fates: ``[n] int8``, `Fate`.
+        by: ``[n] int64``: position here of the kept box that suppressed it, -1 where none did.
+        iou: ``[n] float32`` with that box.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    fates: np.ndarray
+    by: np.ndarray
+    iou: np.ndarray
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Positions of the detections, by falling score."""
+        return np.flatnonzero(self.fates == Fate.KEPT)
+
+
+def run(
+    semantics: Semantics,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    transform: Transform | None = None,
+    first: np.ndarray | None = None,
+) -> Fates:
+    """Post-processes one image.
+
+    Args:
+        semantics: how.
+        boxes: ``[N, 4]``, x1, y1, x2, y2 in pixels of the network's input, or rotated ``[N, 5]``.
+        scores: ``[N, C]``.
+        transform: to the original image; needed where the IoU is taken there.
+        first: pairs, as row × C + class, that go first among equal scores, in this order: what an implementation that
+            sorts ties in no order was seen to keep.
+    """
+    classes = scores.shape[1]
+    flat, values, fates = _passing(semantics, scores)
+    order = _falling(values, flat, semantics.ties, first)
+    flat, values, fates = flat[order], values[order], fates[order]
+    rows, labels = np.divmod(flat, classes)
+    alive = np.flatnonzero(fates == Fate.KEPT)
+    if semantics.topk is not None and semantics.topk_unit == "anchors":
+        alive = _best_rows(semantics, scores, rows, alive, fates)
+    if semantics.topk is not None and semantics.topk_unit == "pairs":
+        fates[alive[semantics.topk :]] = Fate.CUT_BY_TOPK
+        alive = alive[: semantics.topk]
+    if semantics.candidate_cap is not None:
+        fates[alive[semantics.candidate_cap :]] = Fate.CUT_BY_CAP
+        alive = alive[: semantics.candidate_cap]
+    placed, groups = _for_nms(semantics, boxes[rows[alive]], labels[alive], transform)
+    by, iou = np.full(len(flat), -1, np.int64), np.zeros(len(flat), np.float32)
+    found = _suppress(semantics, placed, groups, values[alive], labels[alive])
+    hit = found.by >= 0
+    by[alive[hit]], iou[alive[hit]] = alive[found.by[hit]], found.iou[hit]
+    fates[alive] = found.fates
+    return Fates(rows, labels, values, fates, by, iou)
+
+
+def mmyolo(nms: Nms) -> Semantics:
+    """mmyolo 0.6's ``predict_by_feat`` with mmcv 2.0's ``batched_nms``: `nms_pre` counts (row, class) pairs, boxes are
+    those of the original image, classes are kept apart by offsets; clipping comes last.
+
+    YOLOX's ``yolox_style`` lifts max_per_img: give `nms` a `max_per_image` as large as `nms_pre` then.
+    """
+    return Semantics(
+        score_threshold=nms.score_threshold,
+        iou_threshold=nms.iou_threshold,
+        multi_label=nms.multi_label,
+        topk=nms.nms_pre,
+        frame="original",
+        classes="offset",
+        split=SPLIT,
+        max_output=nms.max_per_image,
+    )
+
+
+def torchvision(score_threshold: float, iou_threshold: float, max_output: int | None = None) -> Semantics:
+    """``torchvision.ops.batched_nms`` on a CPU up to 4000 coordinates, after a score filter."""
+    return Semantics(score_threshold, iou_threshold, classes="offset", max_output=max_output)
+
+
+def onnx_nms(score_threshold: float, iou_threshold: float, max_per_class: int) -> Semantics:
+    """ONNX's ``NonMaxSuppression`` (opset 11), as ONNX Runtime does it."""
+    return Semantics(score_threshold, iou_threshold, reorder=True, max_per_class=max_per_class)
+
+
+def efficient_nms(attributes: Mapping[str, Any], candidate_cap: int = 5000) -> Semantics:
+    """EfficientNMS_TRT with these attributes, over corners and scores as `prepared` makes them.
+
+    Args:
+        attributes: of the node.
+        candidate_cap: 4096 up to TensorRT 8.4, 5000 from 8.5 on, 2000 on GPUs of few registers.
+    """
+    threshold, logits = float(attributes["score_threshold"]), bool(attributes.get("score_activation", 0))
+    background = int(attributes.get("background_class", -1))
+    floor = FLOOR if threshold < DENSE_BELOW else None
+    if logits:
+        threshold = FLOOR if threshold <= 0 else float(_logit(threshold))
+    return Semantics(
+        score_threshold=threshold,
+        iou_threshold=float(attributes["iou_threshold"]),
+        score_inclusive=True,
+        background=background if background >= 0 else None,
+        floor=floor,
+        candidate_cap=candidate_cap,
+        classes="together" if attributes.get("class_agnostic", 0) else "apart",
+        iou_inclusive=True,
+        reorder=True,
+        max_output=int(attributes["max_output_boxes"]),
+    )
+
+
+def prepared(boxes: np.ndarray, box_coding: int) -> np.ndarray:
+    """Boxes as EfficientNMS_TRT compares and returns them: corners, whatever the coding, in their own type."""
+    if box_coding == 0:
+        return boxes
+    half = boxes[..., 2:] * boxes.dtype.type(0.5)
+    return np.concatenate([boxes[..., :2] - half, boxes[..., :2] + half], -1)
+
+
+def _logit(score: float) -> np.float32:
+    one = np.float32(1)
+    return np.log(np.float32(score) / (one - np.float32(score)))
+
+
+def _passing(semantics: Semantics, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs that passed the threshold, and those that stay though they did not: flat index, score, fate so far."""
+    classes, values = scores.shape[1], scores.ravel()
+    threshold = scores.dtype.type(semantics.score_threshold)
+    with np.errstate(invalid="ignore"):
+        if semantics.floor is not None:
+            over = ~(values < threshold)  # what is not a number stays
+        else:
+            over = values >= threshold if semantics.score_inclusive else values > threshold
+    flat = np.flatnonzero(over)
+    fates = np.full(len(flat), Fate.KEPT, np.int8)
+    if semantics.background is not None:
+        fates[flat % classes == semantics.background] = Fate.BACKGROUND
+    if not semantics.multi_label:
+        fates[scores.argmax(1)[flat // classes] != flat % classes] = Fate.NOT_BEST_CLASS
+    if semantics.floor is None:
+        return flat, values[flat], fates
+    # They go by their index, behind the others: no more than the cap lets through can matter.
+    room = len(values) if semantics.candidate_cap is None else semantics.candidate_cap
+    over[flat[fates == Fate.BACKGROUND]] = False
+    lower = np.flatnonzero(~over)[:room]
+    flat = np.concatenate([flat[fates == Fate.KEPT], lower])
+    floored = np.concatenate(
+        [values[flat[: len(flat) - len(lower)]], np.full(len(lower), semantics.floor, scores.dtype)]
+    )
+    return flat, floored, np.full(len(flat), Fate.KEPT, np.int8)
+
+
+def _falling(values: np.ndarray, flat: np.ndarray, ties: str, first: np.ndarray | None = None) -> np.ndarray:
+    """The order by falling score; what is not a number comes first, as in a sort by bits."""
+    index = flat if ties == "rising" else -flat
+    if first is None or not len(first):
+        return np.lexsort((index, -values, ~np.isnan(values)))
+    by_pair = np.argsort(first)
+    place = by_pair[np.searchsorted(first, flat, sorter=by_pair).clip(max=len(first) - 1)]
+    place = np.where(first[place] == flat, place, len(first))
+    return np.lexsort((index, place, -values, ~np.isnan(values)))
+
+
+def _best_rows(
+    semantics: Semantics, scores: np.ndarray, rows: np.ndarray, alive: np.ndarray, fates: np.ndarray
+) -> np.ndarray:
+    """Cuts the pairs of rows that TopK over the rows does not take."""
+    best = scores.max(1)
+    index = np.arange(len(best))
+    taken = np.zeros(len(best), bool)
+    taken[_falling(best, index, semantics.ties)[: semantics.topk]] = True
+    cut = ~taken[rows[alive]]
+    fates[alive[cut]] = Fate.CUT_BY_TOPK
+    return alive[~cut]
+
+
+def _for_nms(
+    semantics: Semantics, boxes: np.ndarray, labels: np.ndarray, transform: Transform | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes as NMS sees them, and which of them may suppress each other: those of one group."""
+    if semantics.frame == "original":
+        assert transform is not None
+        boxes = transform.to_original(boxes)
+    together = np.zeros(len(labels), np.int64)
+    if semantics.classes == "together":
+        return boxes, together
+    if semantics.classes == "apart" or not len(boxes):
+        return boxes, labels
+    whole = semantics.split is not None and len(boxes) >= semantics.split
+    return with_class_offsets(boxes, labels), labels if whole else together
+
+
+def with_class_offsets(boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Boxes moved apart by class, as mmcv's and torchvision's ``batched_nms``: in the boxes' own type, so that a large
+    offset rounds them, and by one more than the largest coordinate, so that negative ones can still meet."""
+    moved = boxes.copy()
+    if boxes.shape[1] == 5:
+        largest = boxes[:, :2].max() + boxes[:, 2:4].max()
+        moved[:, :2] += labels.astype(boxes.dtype)[:, None] * (largest + boxes.dtype.type(1))
+    else:
+        moved += labels.astype(boxes.dtype)[:, None] * (boxes.max() + boxes.dtype.type(1))
+    return moved
+
+
+@dataclass
+class _Found:
+    """`fates`, `by` and `iou` of the boxes that NMS was given."""
+
+    fates: np.ndarray
+    by: np.ndarray
+    iou: np.ndarray
+
+
+def _suppress(
+    semantics: Semantics, boxes: np.ndarray, groups: np.ndarray, scores: np.ndarray, labels: np.ndarray
+) -> _Found:
+    """Greedy NMS of boxes by falling score."""
+    count = len(boxes)
+    found = _Found(np.full(count, Fate.KEPT, np.int8), np.full(count, -1, np.int64), np.zeros(count, np.float32))
+    if semantics.max_per_class is None:
+        _greedy(semantics, boxes, groups, scores, np.arange(count), semantics.max_output, found)
+        return found
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        _greedy(semantics, boxes, groups, scores, members, semantics.max_per_class, found)
+    if semantics.max_output is not None:
+        kept = np.flatnonzero(found.fates == Fate.KEPT)
+        found.fates[kept[semantics.max_output :]] = Fate.CUT_BY_MAX_OUTPUT
+    return found
+
+
+def _greedy(
+    semantics: Semantics,
+    boxes: np.ndarray,
+    groups: np.ndarray,
+    scores: np.ndarray,
+    members: np.ndarray,
+    limit: int | None,
+    found: _Found,
+) -> None:
+    """Settles `members` a block at a time: against what was kept before, then among themselves."""
+    limit = len(members) if limit is None else limit
+    kept = np.empty(0, np.int64)
+    for start in range(0, len(members), _BLOCK):
+        if len(kept) >= limit:
+            found.fates[members[start:]] = Fate.CUT_BY_MAX_OUTPUT
+            break
+        block = members[start : start + _BLOCK]
+        rivals = np.concatenate([kept, block])
+        iou, meets = _meets(semantics, boxes, groups, scores, rivals, block)
+        first = np.full(len(block), -1)
+        gone = np.flatnonzero(meets[: len(kept)].any(0))
+        if len(gone):
+            first[gone] = meets[: len(kept), gone].argmax(0)
+        own = np.triu(meets[len(kept) :], 1)
+        for index in np.flatnonzero(own.any(1)):
+            if first[index] < 0:
+                first[own[index] & (first < 0)] = len(kept) + index
+        hit = np.flatnonzero(first >= 0)
+        found.fates[block[hit]] = Fate.SUPPRESSED
+        found.by[block[hit]], found.iou[block[hit]] = rivals[first[hit]], iou[first[hit], hit]
+        kept = np.concatenate([kept, block[first < 0]])
+    found.fates[kept[limit:]] = Fate.CUT_BY_MAX_OUTPUT
+
+
+def _meets(
+    semantics: Semantics, boxes: np.ndarray, groups: np.ndarray, scores: np.ndarray, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """IoU ``[n, m] float32`` of boxes `a` with boxes `b`, and whether one of `a` suppresses one of `b`."""
+    if boxes.shape[1] == 5:
+        iou = rotated_iou_matrix(boxes[a], boxes[b]).astype(np.float32)
+    else:
+        iou = iou_float32(boxes[a], boxes[b], semantics.reorder)
+    threshold = np.float32(semantics.iou_threshold)
+    with np.errstate(invalid="ignore"):
+        meets = iou >= threshold if semantics.iou_inclusive else iou > threshold
+        meets &= groups[a][:, None] == groups[b]
+        if semantics.floor is not None:  # only there can a score be no number
+            meets &= scores[b] <= scores[a][:, None]
+    return iou, meets
+
+
+def iou_float32(a: np.ndarray, b: np.ndarray, reorder: bool) -> np.ndarray:
+    """IoU of every box of `a` ``[n, 4]`` with every one of `b` ``[m, 4]``, rounded as deployed code does.
+
+    Sides are rounded to the boxes' own type, areas are float32.  0 / 0 of two boxes without area is no number.
+    """
+    if reorder:
+        a, b = (np.concatenate([np.minimum(x[:, :2], x[:, 2:]), np.maximum(x[:, :2], x[:, 2:])], 1) for x in (a, b))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        ax1, ay1, ax2, ay2 = a.T[:, :, None]
+        bx1, by1, bx2, by2 = b.T[:, None, :]
+        width = np.maximum(np.minimum(ax2, bx2) - np.maximum(ax1, bx1), 0).astype(np.float32)
+        height = np.maximum(np.minimum(ay2, by2) - np.maximum(ay1, by1), 0).astype(np.float32)
+        common = width * height
+        area_a = (ax2 - ax1).astype(np.float32) * (ay2 - ay1).astype(np.float32)
+        area_b = (bx2 - bx1).astype(np.float32) * (by2 - by1).astype(np.float32)
+        iou = common / (area_a + area_b - common)
+    return np.where(common <= 0, np.float32(0), iou) if reorder else iou

@@ -134,16 +134,26 @@ def export(
     opset: Annotated[int, typer.Option(help="13 to 17")] = 17,
     batch: Annotated[int | None, typer.Option(help="fixed batch size; default: dynamic")] = None,
     outputs: Annotated[str, typer.Option(help="decoded, raw or both")] = "decoded",
+    nms: Annotated[str | None, typer.Option(help="end the graph in efficient_nms (TensorRT's) or onnx_nms")] = None,
+    topk: Annotated[int | None, typer.Option(help="with --nms: only so many rows go on to it; default: all")] = None,
     size: Size = None,
 ) -> None:
     """Export a variant to ONNX, with its node map beside it."""
+    from alignment.export.nms_head import NmsHead, end_in_nms, require_boxes
     from alignment.export.onnx_export import ExportOptions
     from alignment.export.onnx_export import export as write
 
+    if nms is not None and outputs == "raw":
+        raise AlignError("--outputs raw: no boxes to run --nms on", "export decoded or both")
     if outputs not in ("decoded", "raw", "both"):
         raise AlignError(f"--outputs {outputs}: no such choice", "choose from decoded, raw, both")
     chosen = _sized(load_variant(variant), size)
+    head = None if nms is None else NmsHead(nms, chosen.nms)  # type: ignore[arg-type]
+    if head:
+        require_boxes(chosen)
     model = write(chosen, out_dir, ExportOptions(opset, batch, outputs))  # type: ignore[arg-type]
+    for note in end_in_nms(model.onnx, head, topk) if head else ():
+        out.print(note, markup=False)
     out.print(f"wrote {model.onnx}\nwrote {model.node_map}", markup=False)
 
 
@@ -196,6 +206,68 @@ def layers(
     if first or fault:
         raise typer.Exit(1)
     out.print("every tensor is inside the float64 band")
+
+
+@app.command()
+@_reported
+def explain(
+    variant: str,
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime (ends in NonMaxSuppression) or tensorrt (EfficientNMS_TRT)")
+    ] = "onnxruntime",
+    data: Data = None,
+    images: Images = None,
+    score_threshold: Annotated[float | None, typer.Option(help="of both sides; default: the variant's")] = None,
+    topk: Annotated[int | None, typer.Option(help="only so many rows go on to the deployed NMS; default: all")] = None,
+    golden: Golden = None,
+    show: Annotated[int, typer.Option(help="how many of the boxes to list")] = 20,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all of them into this file")] = None,
+) -> None:
+    """Explain every detection that only mmyolo's NMS keeps, or only the one at the end of a deployed graph."""
+    from alignment.data.samples import open_samples
+    from alignment.divergence import HEADS, explain_variant, to_json
+    from alignment.export.nms_head import require_boxes
+    from alignment.session import unavailable
+    from alignment.storage import writing
+
+    chosen = load_variant(variant)
+    if reason := unavailable(chosen, data):
+        what, _, mend = reason.rpartition(": ")
+        raise AlignError(what, mend)
+    if backend not in HEADS:
+        raise AlignError(f"--backend {backend}: no graph ends in NMS there", f"choose from {', '.join(HEADS)}")
+    require_boxes(chosen)
+    samples = open_samples(chosen, data, images)
+    changes = {} if score_threshold is None else {"score_threshold": score_threshold}
+    with _progress(chosen.name) as progress:
+        found = explain_variant(
+            chosen, backend, samples, golden or golden_dir(), changes, topk, lambda n: progress(n, len(samples))
+        )
+    for note in found.notes:
+        out.print(note, markup=False)
+    by_cause = Table("cause", "boxes", title=f"{chosen.name}: mmyolo's NMS against {HEADS[backend]} on {backend}")
+    for cause, count in found.causes.most_common():
+        by_cause.add_row(cause, str(count))
+    out.print(by_cause)
+    boxes = Table("image", "row", "class", "score", "reference", "subject", "cause", "replay")
+    every = [(image, d) for image, each in found.divergences.items() for d in each]
+    for image, d in sorted(every, key=lambda one: (one[1].cause != "unexplained", -one[1].score))[:show]:
+        name, score = samples.dataset.class_names[d.label], f"{d.score:.4f}"
+        boxes.add_row(str(image), str(d.row), name, score, d.reference.why, d.subject.why, d.cause, d.replay)
+    if every:
+        out.print(boxes)
+    if json_file:
+        with writing(json_file) as temporary:
+            temporary.write_text(to_json(found), encoding="utf-8")
+        out.print(f"wrote {json_file}", markup=False)
+    ours, theirs = found.detections
+    unexplained = found.causes["unexplained"]
+    out.print(
+        f"{found.images} images, {ours} and {theirs} detections, {len(every)} of one side only, "
+        f"unexplained: {unexplained}",
+        markup=False,
+    )
+    raise typer.Exit(1 if unexplained else 0)
 
 
 @app.command()

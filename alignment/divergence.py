@@ -1,0 +1,170 @@
+"""A deployed NMS against mmyolo's own, on real images: every detection that only one of them keeps, explained."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from alignment.case import Case, reference_of
+from alignment.data.samples import Sample, Samples
+from alignment.engine.capabilities import Capabilities
+from alignment.errors import AlignError
+from alignment.export.nms_head import ROWS, Kind, NmsHead, clipped, require_boxes, with_nms
+from alignment.export.onnx_export import ExportOptions, exported
+from alignment.golden import limits, read_golden
+from alignment.models.outputs import to_outputs
+from alignment.nms.explain import Divergence, Limits, Side, explain
+from alignment.nms.semantics import Semantics, efficient_nms, mmyolo, onnx_nms
+from alignment.runners.base import Runner
+from alignment.runners.open import open_model, open_runner
+from alignment.variant import Nms, Variant
+
+#: The NMS that each backend runs at the end of its graph.
+HEADS: dict[str, Kind] = {"onnxruntime": "onnx_nms", "tensorrt": "efficient_nms"}
+
+
+@dataclass
+class Explained:
+    """What was found.
+
+    Attributes:
+        images: how many.
+        detections: how many the reference and the subject kept.
+        divergences: image id → what only one of them kept.
+        notes: about the graph, before anything ran.
+    """
+
+    images: int = 0
+    detections: tuple[int, int] = (0, 0)
+    divergences: dict[int, list[Divergence]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def causes(self) -> Counter[str]:
+        """How many divergences each cause has."""
+        return Counter(d.cause for found in self.divergences.values() for d in found)
+
+
+def deployed_semantics(head: NmsHead, version: str | None) -> Semantics:
+    """What the NMS of a graph does; `version` is TensorRT's."""
+    if head.kind == "onnx_nms":
+        found = onnx_nms(head.nms.score_threshold, head.nms.iou_threshold, head.nms.max_per_image)
+    else:
+        ability = Capabilities.of(version) if version else Capabilities.current()
+        found = efficient_nms(head.attributes, ability.nms_candidates)
+    return found if head.topk is None else replace(found, topk=head.topk, topk_unit="anchors")
+
+
+def explain_variant(
+    variant: Variant,
+    backend: str,
+    samples: Samples,
+    golden: Path,
+    changes: dict[str, float] | None = None,
+    topk: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Explained:
+    """Runs mmyolo's NMS on the reference's outputs, and a graph that ends in NMS on `backend`.
+
+    Args:
+        variant: horizontal boxes, with a torch model or a bare ONNX file of decoded outputs.
+        backend: ``onnxruntime`` or ``tensorrt``.
+        samples: images.
+        golden: folder of golden values, whose limits say how far inputs may move.
+        changes: fields of the variant's NMS in place of its own, for both sides.
+        topk: K of a TopK over the rows before the deployed NMS.
+        progress: called with the number of images done.
+
+    Raises:
+        AlignError: for a variant whose graph already ends in NMS, or a backend that is not on this machine.
+    """
+    require_boxes(variant)
+    variant = variant.model_copy(update={"nms": Nms.model_validate({**variant.nms.model_dump(), **(changes or {})})})
+    model = onnx.load(exported(variant, ExportOptions(outputs="decoded")).onnx)
+    count, notes = clipped(topk, model, HEADS[backend])
+    head = NmsHead(HEADS[backend], variant.nms, count, keep=True)
+    case = Case(variant.name, backend, "fp32")  # type: ignore[arg-type]
+    found = Explained(notes=notes)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_runner(variant, reference_of(variant)) as reference,
+        _deployed(model, head, case, Path(folder)) as subject,
+    ):
+        held_to = limits(read_golden(golden, variant.name), case, subject.provenance).tolerances
+        allowed = Limits(held_to["boxes"].value, held_to["scores"].value)
+        semantics = deployed_semantics(head, subject.provenance.get("tensorrt"))
+        for sample in samples:
+            ours = to_outputs(reference.run(sample.tensor[None]), variant)
+            named = subject.run(sample.tensor[None])
+            one = Side(mmyolo(variant.nms), ours.boxes[0], ours.scores[0])
+            other = Side(semantics, named["boxes"][0], named["scores"][0], seen_pairs(named, head.kind))
+            found.divergences[sample.entry.id] = explain(one, other, allowed, sample.transform)
+            found.images += 1
+            found.detections = _counted(found, one, other, sample)
+            if progress:
+                progress(found.images)
+    return found
+
+
+def seen_pairs(named: dict[str, np.ndarray], kind: Kind) -> np.ndarray:
+    """Row × C + class of what the graph's NMS kept of one image, by falling score."""
+    classes = named["scores"].shape[2]
+    rows = named[ROWS][0] if ROWS in named else None
+    if kind == "onnx_nms":
+        _, labels, index = named["selected"].T
+        index = index if rows is None else rows[index]
+        order = np.argsort(-named["detections"][:, 6], kind="stable")
+        return (index * classes + labels)[order]
+    boxes, labels_kept, scores = (named[name][0] for name in ("det_boxes", "det_labels", "det_scores"))
+    count = int(named["num_dets"][0, 0])
+    return _matched(boxes[:count], labels_kept[:count], scores[:count], named["boxes"][0], named["scores"][0])
+
+
+def _matched(
+    boxes: np.ndarray, labels: np.ndarray, values: np.ndarray, all_boxes: np.ndarray, scores: np.ndarray
+) -> np.ndarray:
+    """The pairs of detections that are copies of rows; each row serves once.  Floored scores match by box alone."""
+    rows_of: dict[bytes, list[int]] = {}
+    for row, box in enumerate(all_boxes):
+        rows_of.setdefault(box.tobytes(), []).append(row)
+    found: list[int] = []
+    used: set[int] = set()
+    for box, label, value in zip(boxes, labels.tolist(), values, strict=True):
+        same = [row for row in rows_of.get(box.tobytes(), []) if scores[row, label] == value or value < 0]
+        pair = next((p for row in same if (p := row * scores.shape[1] + label) not in used), None)
+        if pair is None:
+            raise AlignError(
+                f"a detection of class {label} at {box.tolist()} with score {value} is none of the engine's own boxes",
+                "run it in fp32: in other precisions the plugin's inputs are not those that the engine gives",
+            )
+        used.add(pair)
+        found.append(pair)
+    return np.array(found, np.int64)
+
+
+def _counted(found: Explained, one: Side, other: Side, sample: Sample) -> tuple[int, int]:
+    from alignment.nms.semantics import run
+
+    kept = len(run(one.semantics, one.boxes, one.scores, sample.transform).kept)
+    assert other.seen is not None
+    return found.detections[0] + kept, found.detections[1] + len(other.seen)
+
+
+def _deployed(model: onnx.ModelProto, head: NmsHead, case: Case, folder: Path) -> Runner:
+    path = folder / "deployed.onnx"
+    onnx.save(with_nms(model, head), path)
+    return open_model(path, case)
+
+
+def to_json(found: Explained) -> str:
+    """All of it as JSON: ``divergences`` by image id."""
+    differing = {str(image): list(map(asdict, each)) for image, each in found.divergences.items() if each}
+    fields = {**asdict(found), "causes": dict(found.causes), "divergences": differing}
+    return json.dumps(fields, indent=1) + "\n"

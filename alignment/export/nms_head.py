@@ -1,0 +1,200 @@
+"""NMS at the end of a decoded graph: what a deployed engine gives are then detections.
+
+Boxes stay in pixels of the network input, as deployed engines have them; mmyolo's own NMS is on the original image's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from alignment.errors import AlignError
+from alignment.storage import writing
+from alignment.variant import Nms, Variant
+
+Kind = Literal["efficient_nms", "onnx_nms"]
+KINDS: tuple[Kind, ...] = ("efficient_nms", "onnx_nms")
+#: Outputs by kind; see `with_nms`.
+OUTPUTS: dict[Kind, tuple[str, ...]] = {
+    "efficient_nms": ("num_dets", "det_boxes", "det_scores", "det_labels"),
+    "onnx_nms": ("detections", "selected"),
+}
+ROWS = "topk_rows"
+#: Largest K of TensorRT's TopK (NvInfer.h), see `Capabilities.topk_limit`.
+TOPK_LIMIT = 3840
+
+
+@dataclass(frozen=True)
+class NmsHead:
+    """What to put at the end of a graph.
+
+    Attributes:
+        kind: ``efficient_nms``: TensorRT's plugin EfficientNMS_TRT.  ``onnx_nms``: ONNX's NonMaxSuppression, whose
+            detections have no fixed number.
+        nms: thresholds and the largest number of detections, of each class with ``onnx_nms``.
+        topk: only so many rows of the highest best score go on to NMS; None for all.
+        keep: whether what NMS is given, ``boxes`` and ``scores``, stays an output.
+    """
+
+    kind: Kind
+    nms: Nms
+    topk: int | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise AlignError(f"NMS {self.kind!r} is unknown", f"choose from {', '.join(KINDS)}")
+        if not self.nms.multi_label:
+            raise AlignError("an NMS with one label a box is not exported", "set nms.multi_label in the variant's YAML")
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Those of an EfficientNMS_TRT node."""
+        return {
+            "score_threshold": self.nms.score_threshold,
+            "iou_threshold": self.nms.iou_threshold,
+            "max_output_boxes": self.nms.max_per_image,
+            "background_class": -1,
+            "score_activation": 0,
+            "box_coding": 0,
+            "class_agnostic": 0,
+            "plugin_version": "1",
+        }
+
+
+def with_nms(model: onnx.ModelProto, head: NmsHead) -> onnx.ModelProto:
+    """A copy of a graph with outputs ``boxes`` ``[B, N, 4]`` and ``scores`` ``[B, N, C]`` that ends in NMS.
+
+    Outputs of ``efficient_nms``: ``num_dets`` ``[B, 1] int32``, ``det_boxes`` ``[B, K, 4]``, ``det_scores`` and
+    ``det_labels`` ``[B, K]``.  Of ``onnx_nms``: ``detections`` ``[n, 7]`` (image, x1, y1, x2, y2, label, score) and
+    ``selected`` ``[n, 3] int64`` (image, label, row).  With `NmsHead.topk` and `NmsHead.keep` also ``topk_rows``
+    ``[B, K] int64``, the rows that went on.
+
+    Raises:
+        AlignError: for a graph without these outputs.
+    """
+    ended = onnx.ModelProto()
+    ended.CopyFrom(model)
+    graph = ended.graph
+    outputs = {output.name: output for output in graph.output}
+    if not {"boxes", "scores"} <= outputs.keys():
+        raise AlignError(f"outputs {', '.join(outputs)}: no boxes and scores to run NMS on", "export them decoded")
+    boxes, scores = "boxes", "scores"
+    del graph.output[:]
+    if head.keep:
+        graph.output.extend([outputs["boxes"], outputs["scores"]])
+    batch = _batch(outputs["boxes"])
+    if head.topk is not None:
+        boxes, scores = _add_topk(graph, head.topk)
+        if head.keep:
+            graph.output.append(helper.make_tensor_value_info(ROWS, TensorProto.INT64, [batch, head.topk]))
+    add = _add_efficient_nms if head.kind == "efficient_nms" else _add_onnx_nms
+    add(graph, head, boxes, scores, batch)
+    return ended
+
+
+def require_boxes(variant: Variant) -> None:
+    """Raises AlignError for a variant that has no horizontal boxes before an NMS."""
+    if variant.rotated or variant.ends_in_nms:
+        raise AlignError(f"{variant.name}: no horizontal boxes before NMS", "choose a variant that has them")
+
+
+def end_in_nms(path: Path, head: NmsHead, topk: int | None) -> list[str]:
+    """Puts NMS at the end of an ONNX file, in place.
+
+    Args:
+        path: a file of decoded outputs.
+        head: with any `topk`.
+        topk: the K that is asked for; it is clipped to what the NMS takes.
+
+    Returns:
+        What there is to know about K.
+    """
+    model = onnx.load(path)
+    count, notes = clipped(topk, model, head.kind)
+    with writing(path) as temporary:
+        onnx.save(with_nms(model, replace(head, topk=count)), temporary)
+    return notes
+
+
+def clipped(topk: int | None, model: onnx.ModelProto, kind: Kind) -> tuple[int | None, list[str]]:
+    """The K that a graph gets for one that is asked for, None where all rows go on, and what that means."""
+    if topk is None:
+        return None, []
+    (boxes,) = (output for output in model.graph.output if output.name == "boxes")
+    rows = boxes.type.tensor_type.shape.dim[1].dim_value
+    count = min(topk, rows, TOPK_LIMIT if kind == "efficient_nms" else rows)
+    if count == rows:
+        return None, []
+    cut = f"of {rows} rows the {rows - count} of lowest best score never reach NMS, with all their classes"
+    if count < topk:
+        return count, [f"TopK: {topk} asked for, {count} given, the most that TensorRT takes: {cut}"]
+    return count, [f"TopK: {cut}"]
+
+
+def _batch(value: onnx.ValueInfoProto) -> str | int:
+    size = value.type.tensor_type.shape.dim[0]
+    return size.dim_param or size.dim_value
+
+
+def _constant(graph: onnx.GraphProto, name: str, value: Any, kind: type) -> str:
+    graph.initializer.append(numpy_helper.from_array(np.array(value, kind), name))
+    return name
+
+
+def _add_topk(graph: onnx.GraphProto, count: int) -> tuple[str, str]:
+    """TopK over the rows by their best score; names of the boxes and scores that go on."""
+    k = _constant(graph, "topk_k", [count], np.int64)
+    axis = _constant(graph, "topk_axis", [2], np.int64)
+    graph.node.extend(
+        [
+            helper.make_node("ReduceMax", ["scores"], ["topk_best"], "topk_best", axes=[2], keepdims=0),
+            helper.make_node("TopK", ["topk_best", k], ["topk_values", ROWS], "topk", axis=1),
+            helper.make_node("Unsqueeze", [ROWS, axis], ["topk_index"], "topk_index"),
+            helper.make_node("GatherND", ["boxes", "topk_index"], ["topk_boxes"], "topk_boxes", batch_dims=1),
+            helper.make_node("GatherND", ["scores", "topk_index"], ["topk_scores"], "topk_scores", batch_dims=1),
+        ]
+    )
+    return "topk_boxes", "topk_scores"
+
+
+def _add_efficient_nms(graph: onnx.GraphProto, head: NmsHead, boxes: str, scores: str, batch: str | int) -> None:
+    names, kept = OUTPUTS["efficient_nms"], head.nms.max_per_image
+    graph.node.append(helper.make_node("EfficientNMS_TRT", [boxes, scores], names, "nms", **head.attributes))
+    kinds = TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32
+    shapes = [batch, 1], [batch, kept, 4], [batch, kept], [batch, kept]
+    graph.output.extend(map(helper.make_tensor_value_info, names, kinds, shapes))
+
+
+def _add_onnx_nms(graph: onnx.GraphProto, head: NmsHead, boxes: str, scores: str, batch: str | int) -> None:
+    detections, selected = OUTPUTS["onnx_nms"]
+    limit = _constant(graph, "nms_limit", [head.nms.max_per_image], np.int64)
+    iou = _constant(graph, "nms_iou", [head.nms.iou_threshold], np.float32)
+    least = _constant(graph, "nms_score", [head.nms.score_threshold], np.float32)
+    images, labels, rows = (_constant(graph, f"nms_column_{i}", [i], np.int64) for i in range(3))
+    columns = {"nms_image": images, "nms_label": labels, "nms_row": rows}
+    cast = TensorProto.FLOAT
+    graph.node.extend(
+        [
+            helper.make_node("Transpose", [scores], ["nms_scores"], "nms_scores", perm=[0, 2, 1]),
+            helper.make_node("NonMaxSuppression", [boxes, "nms_scores", limit, iou, least], [selected], "nms"),
+            *(helper.make_node("Gather", [selected, i], [name], name, axis=1) for name, i in columns.items()),
+            helper.make_node("Concat", ["nms_image", "nms_row"], ["nms_at_box"], "nms_at_box", axis=1),
+            helper.make_node("Concat", ["nms_at_box", "nms_label"], ["nms_at_score"], "nms_at_score", axis=1),
+            helper.make_node("GatherND", [boxes, "nms_at_box"], ["nms_boxes"], "nms_boxes"),
+            helper.make_node("GatherND", [scores, "nms_at_score"], ["nms_values"], "nms_values"),
+            helper.make_node("Unsqueeze", ["nms_values", labels], ["nms_value"], "nms_value"),
+            helper.make_node("Cast", ["nms_image"], ["nms_image_f"], "nms_image_f", to=cast),
+            helper.make_node("Cast", ["nms_label"], ["nms_label_f"], "nms_label_f", to=cast),
+            helper.make_node(
+                "Concat", ["nms_image_f", "nms_boxes", "nms_label_f", "nms_value"], [detections], "detections", axis=1
+            ),
+        ]
+    )
+    graph.output.append(helper.make_tensor_value_info(detections, TensorProto.FLOAT, ["detections", 7]))
+    graph.output.append(helper.make_tensor_value_info(selected, TensorProto.INT64, ["detections", 3]))

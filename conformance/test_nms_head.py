@@ -1,0 +1,178 @@
+"""Graphs that end in NMS, and what `align explain` says about them, on real images through ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from alignment import divergence
+from alignment.cli import app
+from alignment.data.samples import Samples, open_samples
+from alignment.divergence import explain_variant, seen_pairs
+from alignment.errors import AlignError
+from alignment.export.nms_head import NmsHead, clipped, with_nms
+from alignment.export.onnx_export import ExportOptions, exported
+from alignment.nms.semantics import onnx_nms, run
+from alignment.runners.onnxruntime import OnnxRuntimeRunner
+from alignment.variant import Nms, Variant, golden_dir, load_variant
+
+pytestmark = pytest.mark.nms
+IMAGES = 4
+
+
+@pytest.fixture(scope="module")
+def variant() -> Variant:
+    pytest.importorskip("mmyolo")
+    return load_variant("yolov8_embedded")
+
+
+@pytest.fixture(scope="module")
+def samples(variant) -> Samples:
+    return open_samples(variant, None, IMAGES)
+
+
+@pytest.fixture(scope="module")
+def decoded(variant) -> onnx.ModelProto:
+    return onnx.load(exported(variant, ExportOptions(outputs="decoded")).onnx)
+
+
+def runner(model: onnx.ModelProto, path: Path) -> OnnxRuntimeRunner:
+    onnx.save(model, path)
+    return OnnxRuntimeRunner(path)
+
+
+@pytest.mark.parametrize("topk", [None, 40])
+def test_onnx_nms_in_a_graph_keeps_what_its_semantics_say(decoded, samples, tmp_path, topk):
+    nms = Nms(score_threshold=0.01, iou_threshold=0.5, max_per_image=20)
+    ended = with_nms(decoded, NmsHead("onnx_nms", nms, topk, keep=True))
+    onnx.checker.check_model(ended, full_check=True)
+    with runner(ended, tmp_path / "ended.onnx") as deployed, runner(decoded, tmp_path / "decoded.onnx") as plain:
+        for sample in samples:
+            named, before = deployed.run(sample.tensor[None]), plain.run(sample.tensor[None])
+            boxes, scores = named["boxes"][0], named["scores"][0]
+            np.testing.assert_array_equal(boxes, before["boxes"][0])
+            semantics = onnx_nms(0.01, 0.5, 20)
+            if topk:
+                semantics = divergence.replace(semantics, topk=topk, topk_unit="anchors")
+            fates = run(semantics, boxes, scores)
+            pairs = (fates.rows * scores.shape[1] + fates.labels)[fates.kept]
+            assert len(pairs) > 3
+            np.testing.assert_array_equal(seen_pairs(named, "onnx_nms"), pairs)
+            image, x1, y1, x2, y2, labels, values = named["detections"].T
+            order = np.argsort(-values, kind="stable")
+            np.testing.assert_array_equal(values[order], fates.scores[fates.kept])
+            np.testing.assert_array_equal(np.stack([x1, y1, x2, y2], 1)[order], boxes[fates.rows[fates.kept]])
+            np.testing.assert_array_equal(labels[order], fates.labels[fates.kept])
+            assert not image.any()
+
+
+def test_efficient_nms_in_a_graph(decoded):
+    nms = Nms(score_threshold=0.01, iou_threshold=0.5, max_per_image=20)
+    ended = with_nms(decoded, NmsHead("efficient_nms", nms, topk=100))
+    assert [o.name for o in ended.graph.output] == ["num_dets", "det_boxes", "det_scores", "det_labels"]
+    (node,) = [n for n in ended.graph.node if n.op_type == "EfficientNMS_TRT"]
+    assert list(node.input) == ["topk_boxes", "topk_scores"]
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert values["max_output_boxes"] == 20
+    assert values["score_threshold"] == pytest.approx(0.01)
+    assert values["iou_threshold"] == pytest.approx(0.5)
+
+
+def test_a_graph_without_boxes_is_refused(decoded):
+    ended = with_nms(decoded, NmsHead("efficient_nms", Nms()))
+    with pytest.raises(AlignError, match="no boxes and scores to run NMS on"):
+        with_nms(ended, NmsHead("efficient_nms", Nms()))
+    with pytest.raises(AlignError, match="one label a box"):
+        NmsHead("onnx_nms", Nms(multi_label=False))
+    with pytest.raises(AlignError, match="choose from efficient_nms, onnx_nms"):
+        NmsHead("nms", Nms())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "kind", "given", "said"),
+    [
+        (None, 8400, "efficient_nms", None, ""),
+        (
+            30000,
+            8400,
+            "efficient_nms",
+            3840,
+            "TopK: 30000 asked for, 3840 given, the most that TensorRT takes: of 8400",
+        ),
+        (30000, 8400, "onnx_nms", None, ""),
+        (30000, 2100, "efficient_nms", None, ""),
+        (1000, 8400, "efficient_nms", 1000, "TopK: of 8400 rows the 7400 of lowest best score never reach NMS"),
+    ],
+)
+def test_k_is_clipped_to_what_tensorrt_takes_and_that_is_said(asked, rows, kind, given, said):
+    boxes = onnx.helper.make_tensor_value_info("boxes", onnx.TensorProto.FLOAT, ["batch", rows, 4])
+    count, notes = clipped(asked, onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [boxes])), kind)
+    assert count == given
+    assert notes[0].startswith(said) if said else not notes
+
+
+@pytest.mark.parametrize("topk", [None, 60])
+def test_every_difference_on_real_outputs_is_explained(variant, samples, topk):
+    changes = {"score_threshold": 0.001, "max_per_image": 10}
+    found = explain_variant(variant, "onnxruntime", samples, golden_dir(), changes, topk)
+    assert found.images == IMAGES
+    assert found.causes["unexplained"] == 0
+    assert found.causes["max_output"] > 0
+    assert bool(found.causes["topk_limit"] + found.causes["topk_unit"]) == (topk is not None)
+    ours, theirs = found.detections
+    kept = [d.subject.kept for each in found.divergences.values() for d in each]
+    assert theirs - ours == sum(kept) - (len(kept) - sum(kept))
+
+
+def test_a_graph_with_another_threshold_than_it_says_is_not_explained(variant, samples, monkeypatch):
+    def wrong(model: onnx.ModelProto, head: NmsHead) -> onnx.ModelProto:
+        return with_nms(model, divergence.replace(head, nms=Nms(score_threshold=0.3, iou_threshold=0.5)))
+
+    monkeypatch.setattr(divergence, "with_nms", wrong)
+    found = explain_variant(variant, "onnxruntime", samples, golden_dir(), {"score_threshold": 0.01})
+    assert found.causes["unexplained"] > 0
+
+
+def test_the_command(tmp_path):
+    pytest.importorskip("mmyolo")
+    target = tmp_path / "explained.json"
+    command = ["explain", "yolov8_embedded", "--images", "2", "--topk", "50", "--score-threshold", "0.001"]
+    done = CliRunner().invoke(app, [*command, "--json", str(target)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1].startswith("2 images, ")
+    assert done.stdout.splitlines()[-1].endswith("unexplained: 0")
+    written = json.loads(target.read_text())
+    assert written["images"] == 2
+    assert sum(written["causes"].values()) == sum(map(len, written["divergences"].values()))
+
+
+def test_export_ends_in_nms(samples, tmp_path):
+    done = CliRunner().invoke(
+        app, ["export", "yolov8_embedded", "--nms", "onnx_nms", "--topk", "100", "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "TopK: of 2100 rows the 2000 of lowest best score never reach NMS" in done.stdout
+    with OnnxRuntimeRunner(tmp_path / "yolov8_embedded.onnx") as deployed:
+        named = deployed.run(next(iter(samples)).tensor[None])
+    assert set(named) == {"detections", "selected"}
+    assert named["detections"].shape[1] == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["yolov8_embedded", "--backend", "torch"], "choose from onnxruntime, tensorrt"),
+        (["rtmdet_r_embedded"], "no horizontal boxes before NMS"),
+        (["nothing"], "no variant is named"),
+    ],
+)
+def test_bad_input_of_the_command(arguments, said):
+    done = CliRunner().invoke(app, ["explain", *arguments])
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -245,17 +245,20 @@ def explain(
         )
     for note in found.notes:
         out.print(note, markup=False)
-    by_cause = Table("cause", "boxes", title=f"{chosen.name}: mmyolo's NMS against {HEADS[backend]} on {backend}")
+    title = f"{chosen.name}: mmyolo's NMS against {HEADS[backend]} on {backend}"
+    by_cause = Table("cause", "boxes", "AP without", title=title)
+    by_cause.add_row("(all)", str(found.causes.total()), f"{found.ap['reference']:.4f}")
     for cause, count in found.causes.most_common():
-        by_cause.add_row(cause, str(count))
+        by_cause.add_row(cause, str(count), f"{found.ap[cause]:.4f}")
     out.print(by_cause)
-    boxes = Table("image", "row", "class", "score", "reference", "subject", "cause", "replay")
     every = [(image, d) for image, each in found.divergences.items() for d in each]
     for image, d in sorted(every, key=lambda one: (one[1].cause != "unexplained", -one[1].score))[:show]:
-        name, score = samples.dataset.class_names[d.label], f"{d.score:.4f}"
-        boxes.add_row(str(image), str(d.row), name, score, d.reference.why, d.subject.why, d.cause, d.replay)
-    if every:
-        out.print(boxes)
+        follows = f" of row {d.follows[0]}, class {d.follows[1]}" if d.follows else ""
+        out.print(
+            f"image {image}, row {d.row}, {samples.dataset.class_names[d.label]} {d.score:.4f}: reference "
+            f"{d.reference.why}; subject {d.subject.why}; {d.cause}{follows}: {d.replay}",
+            markup=False,
+        )
     if json_file:
         with writing(json_file) as temporary:
             temporary.write_text(to_json(found), encoding="utf-8")
@@ -263,8 +266,8 @@ def explain(
     ours, theirs = found.detections
     unexplained = found.causes["unexplained"]
     out.print(
-        f"{found.images} images, {ours} and {theirs} detections, {len(every)} of one side only, "
-        f"unexplained: {unexplained}",
+        f"{found.images} images, {ours} and {theirs} detections, AP {found.ap['reference']:.4f} and "
+        f"{found.ap['subject']:.4f}, {len(every)} of one side only, unexplained: {unexplained}",
         markup=False,
     )
     raise typer.Exit(1 if unexplained else 0)

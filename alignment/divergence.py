@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from alignment.case import Case, reference_of
+from alignment.compare.coco_map import coco_ap
 from alignment.data.samples import Sample, Samples
 from alignment.engine.capabilities import Capabilities
 from alignment.errors import AlignError
@@ -21,6 +22,7 @@ from alignment.export.onnx_export import ExportOptions, exported
 from alignment.golden import limits, read_golden
 from alignment.models.outputs import to_outputs
 from alignment.nms.explain import Divergence, Limits, Side, explain
+from alignment.nms.multiclass import Detections
 from alignment.nms.semantics import Semantics, efficient_nms, mmyolo, onnx_nms
 from alignment.runners.base import Runner
 from alignment.runners.open import open_model, open_runner
@@ -39,12 +41,14 @@ class Explained:
         detections: how many the reference and the subject kept.
         divergences: image id → what only one of them kept.
         notes: about the graph, before anything ran.
+        ap: COCO AP of ``reference`` and ``subject``, and by cause: that of the subject with its divergences undone.
     """
 
     images: int = 0
     detections: tuple[int, int] = (0, 0)
     divergences: dict[int, list[Divergence]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ap: dict[str, float] = field(default_factory=dict)
 
     @property
     def causes(self) -> Counter[str]:
@@ -100,17 +104,67 @@ def explain_variant(
         held_to = limits(read_golden(golden, variant.name), case, subject.provenance).tolerances
         allowed = Limits(held_to["boxes"].value, held_to["scores"].value)
         semantics = deployed_semantics(head, subject.provenance.get("tensorrt"))
+        kept = _Kept()
         for sample in samples:
             ours = to_outputs(reference.run(sample.tensor[None]), variant)
             named = subject.run(sample.tensor[None])
             one = Side(mmyolo(variant.nms), ours.boxes[0], ours.scores[0])
             other = Side(semantics, named["boxes"][0], named["scores"][0], seen_pairs(named, head.kind))
-            found.divergences[sample.entry.id] = explain(one, other, allowed, sample.transform)
+            differing = explain(one, other, allowed, sample.transform)
+            found.divergences[sample.entry.id] = differing
+            kept.add(sample, one, other, differing)
             found.images += 1
-            found.detections = _counted(found, one, other, sample)
             if progress:
                 progress(found.images)
+    found.detections = kept.total("reference"), kept.total("subject")
+    found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in kept.sides.items()}
     return found
+
+
+class _Kept:
+    """The detections of both sides, and of the subject with one cause undone, as mAP takes them."""
+
+    def __init__(self) -> None:
+        self.sides: dict[str, dict[int, Detections]] = {"reference": {}, "subject": {}}
+
+    def add(self, sample: Sample, one: Side, other: Side, differing: list[Divergence]) -> None:
+        """One image.  A cause that first shows up here leaves the subject's earlier images as they are."""
+        image, classes = sample.entry.id, one.scores.shape[1]
+        assert other.seen is not None
+        theirs = [(other, pair) for pair in other.seen.tolist()]
+        for cause in {d.cause for d in differing} - self.sides.keys():
+            self.sides[cause] = dict(self.sides["subject"])
+        self.sides["subject"][image] = _detections(theirs, sample)
+        for name in self.sides.keys() - {"reference", "subject"}:
+            undone = [d for d in differing if d.cause == name]
+            self.sides[name][image] = _detections(_undone(theirs, undone, one, classes), sample)
+        self.sides["reference"][image] = _detections(_undone(theirs, differing, one, classes), sample)
+
+    def total(self, name: str) -> int:
+        """Detections of one side."""
+        return sum(map(len, self.sides[name].values()))
+
+
+def _undone(
+    theirs: list[tuple[Side, int]], differing: list[Divergence], one: Side, classes: int
+) -> list[tuple[Side, int]]:
+    """The subject's pairs without those that it alone keeps, and with those that it lacks."""
+    dropped = {d.row * classes + d.label for d in differing if d.subject.kept}
+    added = [(one, d.row * classes + d.label) for d in differing if d.reference.kept]
+    return [entry for entry in theirs if entry[1] not in dropped] + added
+
+
+def _detections(pairs: list[tuple[Side, int]], sample: Sample) -> Detections:
+    """Pairs of either side as detections in the original image, by falling score."""
+    if not pairs:
+        return Detections(np.empty((0, 4), np.float32), np.empty(0, np.float32), *2 * (np.empty(0, np.int32),))
+    classes = pairs[0][0].scores.shape[1]
+    rows, labels = np.divmod(np.array([pair for _, pair in pairs]), classes)
+    boxes = np.stack([side.boxes[row] for (side, _), row in zip(pairs, rows, strict=True)])
+    scores = np.array([side.scores.ravel()[pair] for side, pair in pairs])
+    order = np.argsort(-scores, kind="stable")
+    placed = sample.transform.clip(sample.transform.to_original(boxes[order]))
+    return Detections(placed, scores[order], labels[order].astype(np.int32), rows[order].astype(np.int32))
 
 
 def seen_pairs(named: dict[str, np.ndarray], kind: Kind) -> np.ndarray:
@@ -147,14 +201,6 @@ def _matched(
         used.add(pair)
         found.append(pair)
     return np.array(found, np.int64)
-
-
-def _counted(found: Explained, one: Side, other: Side, sample: Sample) -> tuple[int, int]:
-    from alignment.nms.semantics import run
-
-    kept = len(run(one.semantics, one.boxes, one.scores, sample.transform).kept)
-    assert other.seen is not None
-    return found.detections[0] + kept, found.detections[1] + len(other.seen)
 
 
 def _deployed(model: onnx.ModelProto, head: NmsHead, case: Case, folder: Path) -> Runner:

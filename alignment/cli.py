@@ -1,4 +1,4 @@
-"""``align``: run, table, export, layers, variants, doctor, synthetic.
+"""``align``: run, table, export, layers, explain, variants, doctor, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,6 +32,9 @@ from rich.table import Column, Table
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
 from alignment.variant import Variant, golden_dir, load_variant, resized, zoo
+
+if TYPE_CHECKING:
+    from alignment.divergence import Explained
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 out = Console(highlight=False, soft_wrap=True)
@@ -211,7 +214,7 @@ def layers(
 @app.command()
 @_reported
 def explain(
-    variant: str,
+    what: Annotated[list[str], typer.Argument(metavar="VARIANT | RECORD RECORD", help="records: their JSON files")],
     backend: Annotated[
         str, typer.Option(help="onnxruntime (ends in NonMaxSuppression) or tensorrt (EfficientNMS_TRT)")
     ] = "onnxruntime",
@@ -223,40 +226,32 @@ def explain(
     show: Annotated[int, typer.Option(help="how many of the boxes to list")] = 20,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all of them into this file")] = None,
 ) -> None:
-    """Explain every detection that only mmyolo's NMS keeps, or only the one at the end of a deployed graph."""
-    from alignment.data.samples import open_samples
-    from alignment.divergence import HEADS, explain_variant, to_json
-    from alignment.export.nms_head import require_boxes
-    from alignment.session import unavailable
+    """Explain every detection that only mmyolo's NMS keeps, or only the one at the end of a deployed graph.
+
+    Of two records: every one that only one of them leads to, under the variant's own NMS.
+    """
+    from alignment.divergence import to_json
     from alignment.storage import writing
 
-    chosen = load_variant(variant)
-    if reason := unavailable(chosen, data):
-        what, _, mend = reason.rpartition(": ")
-        raise AlignError(what, mend)
-    if backend not in HEADS:
-        raise AlignError(f"--backend {backend}: no graph ends in NMS there", f"choose from {', '.join(HEADS)}")
-    require_boxes(chosen)
-    samples = open_samples(chosen, data, images)
-    changes = {} if score_threshold is None else {"score_threshold": score_threshold}
-    with _progress(chosen.name) as progress:
-        found = explain_variant(
-            chosen, backend, samples, golden or golden_dir(), changes, topk, lambda n: progress(n, len(samples))
-        )
+    if len(what) == 2:
+        found, title, names = _explain_records(Path(what[0]), Path(what[1]), golden)
+    elif len(what) == 1:
+        found, title, names = _explain_variant(what[0], backend, data, images, score_threshold, topk, golden)
+    else:
+        raise AlignError(f"{len(what)} arguments", "give one variant, or two records")
     for note in found.notes:
         out.print(note, markup=False)
-    title = f"{chosen.name}: mmyolo's NMS against {HEADS[backend]} on {backend}"
     by_cause = Table("cause", "boxes", "AP without", title=title)
-    by_cause.add_row("(all)", str(found.causes.total()), f"{found.ap['reference']:.4f}")
-    for cause, count in found.causes.most_common():
-        by_cause.add_row(cause, str(count), f"{found.ap[cause]:.4f}")
+    for cause, count in [("(all)", found.causes.total()), *found.causes.most_common()]:
+        ap = found.ap.get("reference" if cause == "(all)" else cause)
+        by_cause.add_row(cause, str(count), "-" if ap is None else f"{ap:.4f}")
     out.print(by_cause)
     every = [(image, d) for image, each in found.divergences.items() for d in each]
     for image, d in sorted(every, key=lambda one: (one[1].cause != "unexplained", -one[1].score))[:show]:
         follows = f" of row {d.follows[0]}, class {d.follows[1]}" if d.follows else ""
         out.print(
-            f"image {image}, row {d.row}, {samples.dataset.class_names[d.label]} {d.score:.4f}: reference "
-            f"{d.reference.why}; subject {d.subject.why}; {d.cause}{follows}: {d.replay}",
+            f"image {image}, row {d.row}, {names[d.label]} {d.score:.4f}: reference {d.reference.why}; "
+            f"subject {d.subject.why}; {d.cause}{follows}: {d.replay}",
             markup=False,
         )
     if json_file:
@@ -265,12 +260,54 @@ def explain(
         out.print(f"wrote {json_file}", markup=False)
     ours, theirs = found.detections
     unexplained = found.causes["unexplained"]
+    ap_line = f"AP {found.ap['reference']:.4f} and {found.ap['subject']:.4f}, " if found.ap else ""
     out.print(
-        f"{found.images} images, {ours} and {theirs} detections, AP {found.ap['reference']:.4f} and "
-        f"{found.ap['subject']:.4f}, {len(every)} of one side only, unexplained: {unexplained}",
+        f"{found.images} images, {ours} and {theirs} detections, {ap_line}{len(every)} of one side only, "
+        f"unexplained: {unexplained}",
         markup=False,
     )
     raise typer.Exit(1 if unexplained else 0)
+
+
+def _explain_variant(
+    name: str,
+    backend: str,
+    data: Path | None,
+    images: int | None,
+    score_threshold: float | None,
+    topk: int | None,
+    golden: Path | None,
+) -> tuple[Explained, str, list[str]]:
+    """What was found, a title, and the names of the classes."""
+    from alignment.data.samples import open_samples
+    from alignment.divergence import HEADS, explain_variant
+    from alignment.export.nms_head import require_boxes
+    from alignment.session import unavailable
+
+    variant = load_variant(name)
+    if reason := unavailable(variant, data):
+        what, _, mend = reason.rpartition(": ")
+        raise AlignError(what, mend)
+    if backend not in HEADS:
+        raise AlignError(f"--backend {backend}: no graph ends in NMS there", f"choose from {', '.join(HEADS)}")
+    require_boxes(variant)
+    samples = open_samples(variant, data, images)
+    changes = {} if score_threshold is None else {"score_threshold": score_threshold}
+    with _progress(variant.name) as show:
+        found = explain_variant(
+            variant, backend, samples, golden or golden_dir(), changes, topk, lambda n: show(n, len(samples))
+        )
+    title = f"{variant.name}: mmyolo's NMS against {HEADS[backend]} on {backend}"
+    return found, title, samples.dataset.class_names
+
+
+def _explain_records(reference: Path, subject: Path, golden: Path | None) -> tuple[Explained, str, list[str]]:
+    """As `_explain_variant`; a record does not know the names of the classes."""
+    from alignment.divergence import explain_records
+
+    found = explain_records(reference, subject, golden or golden_dir())
+    classes = 1 + max((d.label for each in found.divergences.values() for d in each), default=0)
+    return found, f"{subject.stem} against {reference.stem}", [f"class {index}" for index in range(classes)]
 
 
 @app.command()

@@ -23,11 +23,13 @@ from alignment.golden import limits, read_golden
 from alignment.models.outputs import to_outputs
 from alignment.nms.explain import Divergence, Limits, Side, explain
 from alignment.nms.multiclass import Detections
-from alignment.nms.semantics import Semantics, efficient_nms, mmyolo, onnx_nms
+from alignment.nms.semantics import Semantics, efficient_nms, mmyolo, onnx_nms, run
 from alignment.runners.base import Runner
 from alignment.runners.open import open_model, open_runner
-from alignment.variant import Nms, Variant
+from alignment.runners.record import BOX_STEP, CANDIDATE_SCORE, CANDIDATES, SCORE_STEP, Candidates, Record
+from alignment.variant import Nms, Variant, load_variant
 
+Progress = Callable[[int], None]
 #: The NMS that each backend runs at the end of its graph.
 HEADS: dict[str, Kind] = {"onnxruntime": "onnx_nms", "tensorrt": "efficient_nms"}
 
@@ -73,7 +75,7 @@ def explain_variant(
     golden: Path,
     changes: dict[str, float] | None = None,
     topk: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Explained:
     """Runs mmyolo's NMS on the reference's outputs, and a graph that ends in NMS on `backend`.
 
@@ -119,6 +121,71 @@ def explain_variant(
     found.detections = kept.total("reference"), kept.total("subject")
     found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in kept.sides.items()}
     return found
+
+
+def explain_records(reference: Path, subject: Path, golden: Path, progress: Progress | None = None) -> Explained:
+    """Explains what two records of one variant keep otherwise, under the variant's own NMS.
+
+    A record holds the best candidates of an image only, so that detections below the last of these are left out, and
+    not the geometry of the images, so that IoU is that of the network input's pixels.
+
+    Args:
+        reference, subject: JSON files of records.
+        golden: folder of golden values, whose limits for the subject's case say how far inputs may move.
+        progress: see `explain_variant`.
+
+    Raises:
+        AlignError: for records that cannot be read, or are not of one variant and one set of images.
+    """
+    one, other = Record.load(reference), Record.load(subject)
+    if one.identity != other.identity or one.digests != other.digests:
+        raise AlignError(
+            f"{reference} and {subject}: other weights, settings or images", "give two records of one variant"
+        )
+    case = Case(*other.case.split("-"))  # type: ignore[arg-type]
+    variant = load_variant(case.variant)
+    require_boxes(variant)
+    if one.identity["variant_fingerprint"] != variant.fingerprint():
+        raise AlignError(f"{reference}: of another {variant.name} than the zoo's", "record it anew")
+    provenance = other.result.provenance if other.result else {}
+    held_to = limits(read_golden(golden, variant.name), case, provenance).tolerances
+    allowed = Limits(held_to["boxes"].value + BOX_STEP, held_to["scores"].value + SCORE_STEP)
+    found, kept = Explained(), [0, 0]
+    for image in one.digests:
+        sides, threshold = _from_candidates(one.candidates[image], other.candidates[image], variant.classes)
+        nms = variant.nms.model_copy(update={"score_threshold": max(threshold, variant.nms.score_threshold)})
+        semantics = replace(mmyolo(nms), frame="input", classes="apart", split=None)
+        ours, theirs = (Side(semantics, *side) for side in sides)
+        differing = explain(ours, theirs, allowed, moved="numeric" if case.precision == "fp32" else "precision")
+        found.divergences[image] = differing
+        found.images += 1
+        for index, side in enumerate((ours, theirs)):
+            kept[index] += len(run(semantics, side.boxes, side.scores).kept)
+        if progress:
+            progress(found.images)
+    found.detections = kept[0], kept[1]
+    return found
+
+
+def _from_candidates(
+    one: Candidates, other: Candidates, classes: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], float]:
+    """Boxes and scores of both sides over the rows that either holds, and the score from which both hold all.
+
+    What one side lacks lies below that score, and is put just there.
+    """
+    rows = np.union1d(one.rows, other.rows)
+    complete = [float(c.scores[-1]) if len(c.scores) == CANDIDATES else CANDIDATE_SCORE for c in (one, other)]
+    threshold = max(complete)
+    sides = []
+    for own, others in ((one, other), (other, one)):
+        boxes = np.zeros((rows.max(initial=0) + 1, 4), np.float32)
+        scores = np.zeros((len(boxes), classes), np.float32)
+        boxes[others.rows], boxes[own.rows] = others.boxes, own.boxes
+        scores[others.rows, others.labels] = np.minimum(others.scores, np.float32(threshold))
+        scores[own.rows, own.labels] = own.scores
+        sides.append((boxes, scores))
+    return sides, threshold
 
 
 class _Kept:

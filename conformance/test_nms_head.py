@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from typer.testing import CliRunner
 from alignment import divergence
 from alignment.cli import app
 from alignment.data.samples import Samples, open_samples
-from alignment.divergence import explain_variant, seen_pairs
+from alignment.divergence import explain_records, explain_variant, seen_pairs
 from alignment.errors import AlignError
 from alignment.export.nms_head import NmsHead, clipped, with_nms
 from alignment.export.onnx_export import ExportOptions, exported
 from alignment.nms.semantics import onnx_nms, run
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
+from alignment.runners.record import Record
 from alignment.variant import Nms, Variant, golden_dir, load_variant
 
 pytestmark = pytest.mark.nms
@@ -58,7 +60,7 @@ def test_onnx_nms_in_a_graph_keeps_what_its_semantics_say(decoded, samples, tmp_
             np.testing.assert_array_equal(boxes, before["boxes"][0])
             semantics = onnx_nms(0.01, 0.5, 20)
             if topk:
-                semantics = divergence.replace(semantics, topk=topk, topk_unit="anchors")
+                semantics = dataclasses.replace(semantics, topk=topk, topk_unit="anchors")
             fates = run(semantics, boxes, scores)
             pairs = (fates.rows * scores.shape[1] + fates.labels)[fates.kept]
             assert len(pairs) > 3
@@ -131,7 +133,7 @@ def test_every_difference_on_real_outputs_is_explained(variant, samples, topk):
 
 def test_a_graph_with_another_threshold_than_it_says_is_not_explained(variant, samples, monkeypatch):
     def wrong(model: onnx.ModelProto, head: NmsHead) -> onnx.ModelProto:
-        return with_nms(model, divergence.replace(head, nms=Nms(score_threshold=0.3, iou_threshold=0.5)))
+        return with_nms(model, dataclasses.replace(head, nms=Nms(score_threshold=0.3, iou_threshold=0.5)))
 
     monkeypatch.setattr(divergence, "with_nms", wrong)
     found = explain_variant(variant, "onnxruntime", samples, golden_dir(), {"score_threshold": 0.01})
@@ -175,4 +177,51 @@ def test_bad_input_of_the_command(arguments, said):
     done = CliRunner().invoke(app, ["explain", *arguments])
     assert done.exit_code == 2
     assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+RECORDS = sorted(p for p in (golden_dir() / "records").glob("*-tensorrt-*.json") if "rtmdet_r" not in p.name)
+
+
+def reference_record(subject: Path) -> Path:
+    """The record of the same variant's reference."""
+    variant = subject.name.split("-")[0]
+    return next(
+        path
+        for name in ("torch", "onnxruntime")
+        if (path := subject.with_name(f"{variant}-{name}-fp32.json")).is_file()
+    )
+
+
+@pytest.mark.parametrize("subject", RECORDS, ids=lambda path: path.stem)
+def test_what_tensorrt_keeps_otherwise_is_explained(subject):
+    """Engines of a real GPU: in FP32 nothing, in FP16 and TF32 all of it by values that moved within their limits."""
+    found = explain_records(reference_record(subject), subject, golden_dir())
+    assert found.images >= 64
+    assert set(found.causes) <= ({"numeric", "cascade"} if "fp32" in subject.name else {"precision", "cascade"})
+    assert found.causes.total() <= (4 if "fp32" in subject.name else 0.15 * sum(found.detections))
+
+
+def test_a_value_that_moved_too_far_is_not_explained(tmp_path):
+    subject = golden_dir() / "records" / "yolov8_embedded-tensorrt-fp32.json"
+    record = Record.load(subject)
+    image = next(iter(record.candidates))
+    scores = record.candidates[image].scores
+    record.candidates[image] = dataclasses.replace(record.candidates[image], scores=scores[::-1].copy())
+    found = explain_records(reference_record(subject), record.save(tmp_path), golden_dir())
+    assert found.causes["unexplained"] > 0
+    assert {i for i, each in found.divergences.items() if each} == {image}
+
+
+def test_the_command_explains_records(tmp_path):
+    subject = golden_dir() / "records" / "yolov8_embedded-tensorrt-fp16.json"
+    done = CliRunner().invoke(app, ["explain", str(reference_record(subject)), str(subject)])
+    assert done.exit_code == 0, done.output
+    assert "unexplained: 0" in done.stdout
+    other = golden_dir() / "records" / "yolov5_embedded-tensorrt-fp32.json"
+    done = CliRunner().invoke(app, ["explain", str(other), str(subject)])
+    assert done.exit_code == 2
+    assert "give two records of one variant" in done.stderr
+    done = CliRunner().invoke(app, ["explain", str(tmp_path / "none.json"), str(subject)])
+    assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 1

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,11 +30,8 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from alignment.errors import AlignError
-from alignment.results import Alignment, CaseResult
+from alignment.results import Alignment, CaseResult, Explanation
 from alignment.variant import Variant, golden_dir, load_variant, resized, zoo
-
-if TYPE_CHECKING:
-    from alignment.divergence import Explained
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 out = Console(highlight=False, soft_wrap=True)
@@ -224,49 +221,38 @@ def explain(
     topk: Annotated[int | None, typer.Option(help="only so many rows go on to the deployed NMS; default: all")] = None,
     golden: Golden = None,
     show: Annotated[int, typer.Option(help="how many of the boxes to list")] = 20,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write all of them into this file")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
 ) -> None:
     """Explain every detection that only mmyolo's NMS keeps, or only the one at the end of a deployed graph.
 
     Of two records: every one that only one of them leads to, under the variant's own NMS.
     """
-    from alignment.divergence import to_json
-    from alignment.storage import writing
+    from alignment import session
+    from alignment.report.run_folder import write_run
 
-    if len(what) == 2:
-        found, title, names = _explain_records(Path(what[0]), Path(what[1]), golden)
-    elif len(what) == 1:
-        found, title, names = _explain_variant(what[0], backend, data, images, score_threshold, topk, golden)
-    else:
+    if len(what) not in (1, 2):
         raise AlignError(f"{len(what)} arguments", "give one variant, or two records")
-    for note in found.notes:
-        out.print(note, markup=False)
-    by_cause = Table("cause", "boxes", "AP without", title=title)
-    for cause, count in [("(all)", found.causes.total()), *found.causes.most_common()]:
-        ap = found.ap.get("reference" if cause == "(all)" else cause)
-        by_cause.add_row(cause, str(count), "-" if ap is None else f"{ap:.4f}")
-    out.print(by_cause)
-    every = [(image, d) for image, each in found.divergences.items() for d in each]
-    for image, d in sorted(every, key=lambda one: (one[1].cause != "unexplained", -one[1].score))[:show]:
-        follows = f" of row {d.follows[0]}, class {d.follows[1]}" if d.follows else ""
-        out.print(
-            f"image {image}, row {d.row}, {names[d.label]} {d.score:.4f}: reference {d.reference.why}; "
-            f"subject {d.subject.why}; {d.cause}{follows}: {d.replay}",
-            markup=False,
-        )
-    if json_file:
-        with writing(json_file) as temporary:
-            temporary.write_text(to_json(found), encoding="utf-8")
-        out.print(f"wrote {json_file}", markup=False)
-    ours, theirs = found.detections
-    unexplained = found.causes["unexplained"]
-    ap_line = f"AP {found.ap['reference']:.4f} and {found.ap['subject']:.4f}, " if found.ap else ""
+    alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
+    with tempfile.TemporaryDirectory(prefix="align-explain-") as staging:
+        if len(what) == 2:
+            found = _explain_records(Path(what[0]), Path(what[1]), golden)
+        else:
+            pictures = Path(staging) if out_dir else None
+            found = _explain_variant(what[0], backend, data, images, score_threshold, topk, golden, pictures)
+        alignment.explanations.append(found)
+        _print_explanation(found, show)
+        if out_dir:
+            if (Path(staging) / "pictures").is_dir():
+                shutil.copytree(Path(staging) / "pictures", out_dir / "pictures", dirs_exist_ok=True)
+            write_run(alignment, out_dir)
+            out.print(f"report: {out_dir / 'report.html'}", markup=False)
+    ap = "" if found.subject_ap is None else f"AP {found.reference_ap:.4f} and {found.subject_ap:.4f}, "
     out.print(
-        f"{found.images} images, {ours} and {theirs} detections, {ap_line}{len(every)} of one side only, "
-        f"unexplained: {unexplained}",
+        f"{found.images} images, {found.reference_detections} and {found.subject_detections} detections, {ap}"
+        f"{found.differing} of one side only, unexplained: {found.unexplained}",
         markup=False,
     )
-    raise typer.Exit(1 if unexplained else 0)
+    raise typer.Exit(0 if alignment.aligned else 1)
 
 
 def _explain_variant(
@@ -277,10 +263,11 @@ def _explain_variant(
     score_threshold: float | None,
     topk: int | None,
     golden: Path | None,
-) -> tuple[Explained, str, list[str]]:
-    """What was found, a title, and the names of the classes."""
+    pictures: Path | None,
+) -> Explanation:
+    from alignment.case import reference_of
     from alignment.data.samples import open_samples
-    from alignment.divergence import HEADS, explain_variant
+    from alignment.divergence import HEADS, explain_variant, explanation
     from alignment.export.nms_head import require_boxes
     from alignment.session import unavailable
 
@@ -293,21 +280,42 @@ def _explain_variant(
     require_boxes(variant)
     samples = open_samples(variant, data, images)
     changes = {} if score_threshold is None else {"score_threshold": score_threshold}
-    with _progress(variant.name) as show:
+    with _progress(variant.name) as move:
         found = explain_variant(
-            variant, backend, samples, golden or golden_dir(), changes, topk, lambda n: show(n, len(samples))
+            variant,
+            backend,
+            samples,
+            golden or golden_dir(),
+            changes,
+            topk,
+            pictures,
+            lambda n: move(n, len(samples)),
         )
-    title = f"{variant.name}: mmyolo's NMS against {HEADS[backend]} on {backend}"
-    return found, title, samples.dataset.class_names
+    sides = f"mmyolo's NMS on {reference_of(variant).backend}", f"{HEADS[backend]} on {backend}"
+    return explanation(found, f"{variant.name}-{HEADS[backend]}", sides, samples.dataset.class_names)
 
 
-def _explain_records(reference: Path, subject: Path, golden: Path | None) -> tuple[Explained, str, list[str]]:
-    """As `_explain_variant`; a record does not know the names of the classes."""
-    from alignment.divergence import explain_records
+def _explain_records(reference: Path, subject: Path, golden: Path | None) -> Explanation:
+    from alignment.divergence import explain_records, explanation
 
     found = explain_records(reference, subject, golden or golden_dir())
-    classes = 1 + max((d.label for each in found.divergences.values() for d in each), default=0)
-    return found, f"{subject.stem} against {reference.stem}", [f"class {index}" for index in range(classes)]
+    return explanation(found, f"{subject.stem}-nms", (reference.stem, subject.stem), [])
+
+
+def _print_explanation(found: Explanation, show: int) -> None:
+    for note in found.notes:
+        out.print(note, markup=False)
+    table = Table("cause", "boxes", "AP without", title=f"{found.subject} against {found.reference}")
+    for cause in found.causes:
+        table.add_row(cause.cause, str(cause.boxes), "-" if cause.ap_without is None else f"{cause.ap_without:.4f}")
+    out.print(table)
+    for box in found.boxes[:show]:
+        follows = f" of {box.follows}" if box.follows else ""
+        out.print(
+            f"image {box.image_id}, row {box.row}, {box.label_name} {box.score:.4f}: reference {box.reference}; "
+            f"subject {box.subject}; {box.cause}{follows}: {box.replay}",
+            markup=False,
+        )
 
 
 @app.command()

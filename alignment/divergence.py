@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import onnx
 
 from alignment.case import Case, reference_of
 from alignment.compare.coco_map import coco_ap
+from alignment.data.coco import read_image
 from alignment.data.samples import Sample, Samples
 from alignment.engine.capabilities import Capabilities
 from alignment.errors import AlignError
@@ -22,13 +22,17 @@ from alignment.export.onnx_export import ExportOptions, exported
 from alignment.golden import limits, read_golden
 from alignment.models.outputs import to_outputs
 from alignment.nms.explain import Divergence, Limits, Side, explain
-from alignment.nms.multiclass import Detections
+from alignment.nms.multiclass import Detections, iou_matrix
 from alignment.nms.semantics import Semantics, efficient_nms, mmyolo, onnx_nms, run
+from alignment.pipeline import boxes_of, write_picture
+from alignment.results import CauseCount, ExplainedBox, Explanation, WorstImage
 from alignment.runners.base import Runner
 from alignment.runners.open import open_model, open_runner
 from alignment.runners.record import BOX_STEP, CANDIDATE_SCORE, CANDIDATES, SCORE_STEP, Candidates, Record
 from alignment.variant import Nms, Variant, load_variant
 
+#: How many boxes are shown as pictures, and from which IoU on other boxes are drawn in them.
+CROPS, NEAR = 12, 0.3
 Progress = Callable[[int], None]
 #: The NMS that each backend runs at the end of its graph.
 HEADS: dict[str, Kind] = {"onnxruntime": "onnx_nms", "tensorrt": "efficient_nms"}
@@ -44,6 +48,7 @@ class Explained:
         divergences: image id → what only one of them kept.
         notes: about the graph, before anything ran.
         ap: COCO AP of ``reference`` and ``subject``, and by cause: that of the subject with its divergences undone.
+        crops: pictures of the first of them.
     """
 
     images: int = 0
@@ -51,6 +56,7 @@ class Explained:
     divergences: dict[int, list[Divergence]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     ap: dict[str, float] = field(default_factory=dict)
+    crops: list[WorstImage] = field(default_factory=list)
 
     @property
     def causes(self) -> Counter[str]:
@@ -75,6 +81,7 @@ def explain_variant(
     golden: Path,
     changes: dict[str, float] | None = None,
     topk: int | None = None,
+    out: Path | None = None,
     progress: Progress | None = None,
 ) -> Explained:
     """Runs mmyolo's NMS on the reference's outputs, and a graph that ends in NMS on `backend`.
@@ -86,6 +93,7 @@ def explain_variant(
         golden: folder of golden values, whose limits say how far inputs may move.
         changes: fields of the variant's NMS in place of its own, for both sides.
         topk: K of a TopK over the rows before the deployed NMS.
+        out: the RUN folder that receives pictures, or None.
         progress: called with the number of images done.
 
     Raises:
@@ -120,7 +128,61 @@ def explain_variant(
                 progress(found.images)
     found.detections = kept.total("reference"), kept.total("subject")
     found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in kept.sides.items()}
+    if out is not None:
+        found.crops = _crops(found, kept, samples, out)
     return found
+
+
+def _crops(found: Explained, kept: _Kept, samples: Samples, out: Path) -> list[WorstImage]:
+    """What surrounds the boxes of highest score that only one side keeps, with what overlaps them on both sides."""
+    entries, names = {entry.id: entry for entry in samples.dataset.images}, samples.dataset.class_names
+    crops = []
+    for index, (image, d) in enumerate(ordered(found)[:CROPS]):
+        sides = kept.sides["reference"][image], kept.sides["subject"][image]
+        has = [np.flatnonzero((side.rows == d.row) & (side.labels == d.label)) for side in sides]
+        owner = 0 if len(has[0]) else 1
+        box = sides[owner].boxes[has[owner][0]]
+        pixels = read_image(entries[image].path)
+        left, top, right, bottom = _around(box, pixels.shape)
+        picture = f"pictures/{samples.variant.name}-differing-{index}.jpg"
+        write_picture(pixels[top:bottom, left:right], out / picture)
+        shown = []
+        for side, own in zip(sides, has, strict=True):
+            near = np.flatnonzero((iou_matrix(box[None], side.boxes)[0] > NEAR) & (side.labels == d.label))
+            moved = side.boxes[near] - np.array([left, top, left, top], np.float32)
+            part = Detections(moved, side.scores[near], side.labels[near], side.rows[near])
+            shown.append(boxes_of(part, ~np.isin(near, own), names, least=-np.inf))
+        crops.append(
+            WorstImage(
+                image_id=image,
+                file_name=f"{entries[image].file_name}: {names[d.label]} {d.score:.4f}, {d.cause}",
+                width=right - left,
+                height=bottom - top,
+                picture=picture,
+                box_difference=0.0,
+                score_difference=0.0,
+                agreement=0.0,
+                reference=shown[0],
+                subject=shown[1],
+            )
+        )
+    return crops
+
+
+def _around(box: np.ndarray, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a crop, half a box larger on each side and no smaller than 64 pixels."""
+    x1, y1, x2, y2 = box.tolist()
+    margin_x, margin_y = max((x2 - x1) / 2, 32 - (x2 - x1) / 2), max((y2 - y1) / 2, 32 - (y2 - y1) / 2)
+    height, width = shape[:2]
+    left, right = (int(np.clip(v, 0, width)) for v in (x1 - margin_x, x2 + margin_x))
+    top, bottom = (int(np.clip(v, 0, height)) for v in (y1 - margin_y, y2 + margin_y))
+    return min(left, width - 1), min(top, height - 1), max(right, left + 1), max(bottom, top + 1)
+
+
+def ordered(found: Explained) -> list[tuple[int, Divergence]]:
+    """All divergences with their image: unexplained ones first, then by falling score."""
+    every = [(image, d) for image, each in found.divergences.items() for d in each]
+    return sorted(every, key=lambda one: (one[1].cause != "unexplained", -one[1].score))
 
 
 def explain_records(reference: Path, subject: Path, golden: Path, progress: Progress | None = None) -> Explained:
@@ -276,8 +338,54 @@ def _deployed(model: onnx.ModelProto, head: NmsHead, case: Case, folder: Path) -
     return open_model(path, case)
 
 
-def to_json(found: Explained) -> str:
-    """All of it as JSON: ``divergences`` by image id."""
-    differing = {str(image): list(map(asdict, each)) for image, each in found.divergences.items() if each}
-    fields = {**asdict(found), "causes": dict(found.causes), "divergences": differing}
-    return json.dumps(fields, indent=1) + "\n"
+def explanation(found: Explained, name: str, sides: tuple[str, str], class_names: list[str]) -> Explanation:
+    """What was found, as RUN folders hold it.
+
+    Args:
+        found: of `explain_variant` or `explain_records`.
+        name: an id for it, one of its own in a RUN.
+        sides: what reference and subject are.
+        class_names: one a class; fewer where they are not known.
+    """
+    every = ordered(found)
+    names = [*class_names, *(f"class {index}" for index in range(len(class_names), _last_class(found) + 1))]
+    return Explanation(
+        id=name,
+        reference=sides[0],
+        subject=sides[1],
+        images=found.images,
+        reference_detections=found.detections[0],
+        subject_detections=found.detections[1],
+        reference_ap=found.ap.get("reference"),
+        subject_ap=found.ap.get("subject"),
+        differing=len(every),
+        unexplained=found.causes["unexplained"],
+        causes=[
+            CauseCount(cause=cause, boxes=count, ap_without=found.ap.get(cause))
+            for cause, count in found.causes.most_common()
+        ],
+        boxes=[
+            ExplainedBox(
+                image_id=image,
+                row=d.row,
+                label=d.label,
+                label_name=names[d.label],
+                score=d.score,
+                reference=d.reference.why,
+                subject=d.subject.why,
+                cause=d.cause,
+                follows=f"row {d.follows[0]}, {names[d.follows[1]]}" if d.follows else "",
+                replay=d.replay,
+            )
+            for image, d in every
+        ],
+        worst=found.crops,
+        notes=found.notes,
+    )
+
+
+def _last_class(found: Explained) -> int:
+    labels = [
+        label for each in found.divergences.values() for d in each for label in (d.label, (d.follows or (0, 0))[1])
+    ]
+    return max(labels, default=0)

@@ -283,7 +283,7 @@ def _worst_images(
         picture = None
         if out is not None:
             picture = f"pictures/{side.case.variant}-{image}.jpg"
-            _write_picture(pixels, out / picture)
+            write_picture(pixels, out / picture)
         names = samples.dataset.class_names
         worst.append(
             WorstImage(
@@ -302,9 +302,9 @@ def _worst_images(
     return worst
 
 
-def boxes_of(found: Detections, matched: np.ndarray, names: list[str]) -> list[Box]:
-    """The detections that `matched` speaks of, as the report draws them."""
-    strong = np.flatnonzero(found.scores >= SCORE)[: len(matched)]
+def boxes_of(found: Detections, matched: np.ndarray, names: list[str], least: float = SCORE) -> list[Box]:
+    """The detections of score ≥ `least` that `matched` speaks of, as the report draws them."""
+    strong = np.flatnonzero(found.scores >= least)[: len(matched)]
     return [
         Box(
             **_drawn_shape(found.boxes[i]),
@@ -324,7 +324,8 @@ def _drawn_shape(box: np.ndarray) -> dict[str, Any]:
     return {"xyxy": [*around.min(0).tolist(), *around.max(0).tolist()], "corners": around.tolist()}
 
 
-def _write_picture(pixels: np.ndarray, path: Path) -> None:
+def write_picture(pixels: np.ndarray, path: Path) -> None:
+    """Writes ``[H, W, 3] uint8`` BGR as JPEG, at most `PICTURE_SIZE` pixels wide and high."""
     scale = min(1.0, PICTURE_SIZE / max(pixels.shape[:2]))
     small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
     with writing(path) as temporary:

@@ -149,6 +149,52 @@ class CaseResult(_Model):
     reference_provenance: dict[str, Any] = {}
 
 
+class CauseCount(_Model):
+    """How many boxes one cause explains, and the subject's AP where these go as in the reference."""
+
+    cause: str
+    boxes: int
+    ap_without: float | None = None
+
+
+class ExplainedBox(_Model):
+    """A pair of row and class that only one side keeps: what became of it on both, why, and what was undone to prove
+    it.  `follows` names the pair that a cascade follows from."""
+
+    image_id: int
+    row: int
+    label: int
+    label_name: str
+    score: float
+    reference: str
+    subject: str
+    cause: str
+    follows: str = ""
+    replay: str
+
+
+class Explanation(_Model):
+    """What two post-processings of one variant keep otherwise.
+
+    `boxes`: unexplained ones first, then by falling score; `worst`: crops around the first.
+    """
+
+    id: str
+    reference: str
+    subject: str
+    images: int
+    reference_detections: int
+    subject_detections: int
+    reference_ap: float | None = None
+    subject_ap: float | None = None
+    differing: int
+    unexplained: int
+    causes: list[CauseCount] = []
+    boxes: list[ExplainedBox] = []
+    worst: list[WorstImage] = []
+    notes: list[str] = []
+
+
 class Alignment(_Model):
     """One RUN: ``alignment.json``.  `timing` is in seconds."""
 
@@ -159,8 +205,9 @@ class Alignment(_Model):
     dataset: dict[str, Any] = {}
     timing: dict[str, float] = {}
     cases: list[CaseResult] = []
+    explanations: list[Explanation] = []
 
     @property
     def aligned(self) -> bool:
-        """True when no case fails."""
-        return all(case.status != "fail" for case in self.cases)
+        """True when no case fails and no difference is unexplained."""
+        return all(case.status != "fail" for case in self.cases) and not any(e.unexplained for e in self.explanations)

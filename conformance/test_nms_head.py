@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,8 @@ from alignment.errors import AlignError
 from alignment.export.nms_head import NmsHead, clipped, with_nms
 from alignment.export.onnx_export import ExportOptions, exported
 from alignment.nms.semantics import onnx_nms, run
+from alignment.report.html import headline
+from alignment.report.run_folder import merge, read_run
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.runners.record import Record
 from alignment.variant import Nms, Variant, golden_dir, load_variant
@@ -140,17 +141,31 @@ def test_a_graph_with_another_threshold_than_it_says_is_not_explained(variant, s
     assert found.causes["unexplained"] > 0
 
 
-def test_the_command(tmp_path):
+def test_the_command_writes_a_run(tmp_path):
     pytest.importorskip("mmyolo")
-    target = tmp_path / "explained.json"
-    command = ["explain", "yolov8_embedded", "--images", "2", "--topk", "50", "--score-threshold", "0.001"]
-    done = CliRunner().invoke(app, [*command, "--json", str(target)])
+    command = ["explain", "yolov8_embedded", "--images", "2", "--topk", "20", "--score-threshold", "0.001"]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines()[-1].startswith("2 images, ")
-    assert done.stdout.splitlines()[-1].endswith("unexplained: 0")
-    written = json.loads(target.read_text())
-    assert written["images"] == 2
-    assert sum(written["causes"].values()) == sum(map(len, written["divergences"].values()))
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("2 images, ")
+    assert last.endswith("unexplained: 0")
+    run_folder = read_run(tmp_path)
+    (found,) = run_folder.explanations
+    assert found.differing == len(found.boxes) == sum(cause.boxes for cause in found.causes) > 0
+    assert f"{found.differing} of one side only" in last
+    assert found.worst
+    for crop in found.worst:
+        assert (tmp_path / crop.picture).is_file()
+        lonely = [box for box in (*crop.reference, *crop.subject) if not box.matched]
+        assert len(lonely) == 1
+        assert lonely[0].label_name in crop.file_name
+    page = (tmp_path / "report.html").read_text()
+    assert "Explained" in page
+    assert all(cause.cause in page for cause in found.causes)
+    assert page.count("<figure>") == len(found.worst)
+    assert not merge([run_folder, run_folder]).explanations[1:]
+    damaged = found.model_copy(update={"unexplained": 1})
+    assert headline(run_folder.model_copy(update={"explanations": [damaged]}))[0] == "Not explained"
 
 
 def test_export_ends_in_nms(samples, tmp_path):

@@ -44,6 +44,12 @@ def headline(alignment: Alignment) -> tuple[str, str]:
     total = len(alignment.cases)
     if counts["fail"]:
         return "Not aligned", f"{counts['fail']} of {_plural(total, 'case')} {_verb(counts['fail'], 'fail')}"
+    if alignment.explanations:
+        unexplained = sum(one.unexplained for one in alignment.explanations)
+        differing = sum(one.differing for one in alignment.explanations)
+        found = f"{unexplained} of {_plural(differing, 'difference')} after NMS unexplained"
+        if unexplained or not total:
+            return ("Not explained" if unexplained else "Explained"), found
     if counts["pass"]:
         return "Aligned", f"{counts['pass']} of {_plural(total, 'case')} {_verb(counts['pass'], 'pass')}"
     return "Nothing checked", "every case was skipped" if total else "the run holds no case"

@@ -387,9 +387,9 @@ class _Step:
             if other is not None and other not in kept_other:
                 return other
             if self.fate(fates, pair) == Fate.CUT_BY_MAX_OUTPUT and self.cause != "max_output":
-                ahead = [p for p in self.flipped if p != pair and self.rank(p) < self.rank(pair)]
-                if ahead:
-                    return ahead[0]
+                first = self.flipped[0]
+                if self.rank(first) < self.rank(pair):
+                    return first
         return None
 
     def deciders(self, pair: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from alignment.data.coco import read_image
 from alignment.data.preprocess import Transform, preprocess
 from alignment.data.synthetic import draw
-from alignment.nms.multiclass import candidates, iou_matrix, nms_by_class, postprocess
+from alignment.nms.multiclass import by_class, iou_matrix, postprocess
+from alignment.nms.semantics import Fate, Semantics
+from alignment.nms.semantics import run as post_process
 from alignment.storage import data_dir
 from alignment.variant import Nms, Variant, load_variant
 
@@ -219,6 +221,15 @@ def test_detections_with_the_models_own_settings_are_mmyolos(model):
     assert assert_detections_are_mmyolos(model, model.variant.nms) > 10
 
 
+def nms_by_class(boxes: np.ndarray, labels: np.ndarray, threshold: float, limit: int) -> list[int]:
+    """Indices of the boxes ``[n, 4]``, by falling score, that are kept; `labels` ``[n]``."""
+    scores = np.zeros((len(boxes), labels.max(initial=0) + 1), np.float32)
+    scores[np.arange(len(boxes)), labels] = np.linspace(1, 0.5, len(boxes))
+    semantics = replace(by_class(Nms(iou_threshold=threshold, max_per_image=limit), rotated=False), frame="input")
+    fates = post_process(semantics, boxes, scores)
+    return fates.rows[fates.kept].tolist()
+
+
 def test_class_offsets_move_an_iou_in_mmcv():
     """The difference in semantics that remains, at its smallest: with a large class index, mmcv's boxes are rounded.
 
@@ -239,7 +250,7 @@ def test_class_offsets_move_an_iou_in_mmcv():
     config = {"type": "nms", "iou_threshold": threshold}
     _, near = batched_nms(torch.from_numpy(boxes), scores, torch.zeros(3, dtype=torch.long), config)
     _, far = batched_nms(torch.from_numpy(boxes), scores, torch.from_numpy(labels), config)
-    ours = nms_by_class(boxes, labels, threshold, 9).tolist()
+    ours = nms_by_class(boxes, labels, threshold, 9)
     assert ours == near.tolist() == [0, 2]
     assert far.tolist() == [0, 1, 2]
 
@@ -309,7 +320,7 @@ thresholds = st.sampled_from([0.25, 0.5, 0.75, 1.0])
 def test_nms_is_greedy_by_class(rows, threshold, limit):
     boxes, labels = [row[0] for row in rows], [row[1] for row in rows]
     kept = nms_by_class(np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int32), threshold, limit)
-    assert kept.tolist() == greedy(boxes, labels, threshold, limit)
+    assert kept == greedy(boxes, labels, threshold, limit)
 
 
 @pytest.mark.parametrize("count", [200, 256, 257, 600])
@@ -321,7 +332,7 @@ def test_nms_of_many_boxes_of_one_class(count, limit):
     labels = (rng.random(count) < 0.02).astype(np.int32)
     kept = nms_by_class(boxes.astype(np.float32), labels, 0.25, limit)
     expected = greedy([tuple(map(int, b)) for b in boxes], labels.tolist(), 0.25, limit)
-    assert kept.tolist() == expected
+    assert kept == expected
     assert len(expected) < count
 
 
@@ -329,8 +340,8 @@ def test_nms_keeps_empty_boxes_and_drops_equal_ones():
     point, square = [2, 2, 2, 2], [0, 0, 4, 4]
     boxes = np.array([point, point, square, square, square], np.float32)
     with np.errstate(all="raise"):
-        assert nms_by_class(boxes, np.array([0, 0, 0, 0, 1]), 0.5, 9).tolist() == [0, 1, 2, 4]
-        assert nms_by_class(boxes[:0], np.array([], np.int32), 0.5, 9).tolist() == []
+        assert nms_by_class(boxes, np.array([0, 0, 0, 0, 1]), 0.5, 9) == [0, 1, 2, 4]
+        assert nms_by_class(boxes[:0], np.array([], np.int32), 0.5, 9) == []
 
 
 @given(st.lists(box, max_size=6), st.lists(box, max_size=6))
@@ -338,6 +349,15 @@ def test_iou_matrix_is_exact_on_integers(a, b):
     found = iou_matrix(np.array(a, float).reshape(-1, 4), np.array(b, float).reshape(-1, 4))
     expected = [[float(exact_iou(x, y)) for y in b] for x in a]
     np.testing.assert_array_equal(found, np.array(expected, float).reshape(len(a), len(b)))
+
+
+def candidates(scores: np.ndarray, nms: Nms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, labels and scores of the pairs that come to NMS, by falling score."""
+    fates = post_process(
+        replace(by_class(nms, rotated=False), frame="input"), np.zeros((len(scores), 4), np.float32), scores
+    )
+    taken = ~np.isin(fates.fates, [Fate.NOT_BEST_CLASS, Fate.CUT_BY_TOPK])
+    return fates.rows[taken], fates.labels[taken], fates.scores[taken]
 
 
 SCORES = [0.0, 0.001, float(np.nextafter(np.float32(0.001), np.float32(1))), 0.25, 0.5, 0.9]
@@ -356,6 +376,32 @@ def test_candidates_exceed_the_threshold_and_ties_go_to_the_lower_row_then_class
     expected = sorted(pairs)[:nms_pre]
     found = candidates(scores, Nms(score_threshold=0.001, nms_pre=nms_pre, multi_label=multi_label))
     assert list(zip(*(a.tolist() for a in found), strict=True)) == [(r, c, -s) for s, r, c in expected]
+
+
+@given(
+    st.lists(st.sampled_from([-np.inf, -2.0, -1.0, -0.0, 0.0, 1e-40, 1.0, 2.0, np.inf, np.nan]), max_size=40),
+    st.sampled_from([np.float16, np.float32, np.float64]),
+    st.sampled_from(["rising", "falling"]),
+    st.permutations(range(40)),
+    st.integers(0, 40),
+)
+def test_scores_of_any_kind_fall_and_what_is_no_number_comes_first(values, dtype, ties, first, count):
+    scores = np.array(values, dtype).reshape(-1, 1)
+    semantics = Semantics(-np.inf, 0.5, score_inclusive=True, floor=-32768.0, ties=ties)
+    fates = post_process(semantics, np.zeros((len(values), 4), np.float32), scores, first=np.array(first[:count], int))
+    seen = {row: place for place, row in enumerate(first[:count])}
+    sign = 1 if ties == "rising" else -1
+    order = sorted(
+        range(len(values)),
+        key=lambda row: (
+            not np.isnan(scores[row, 0]),
+            0 if np.isnan(scores[row, 0]) else -scores[row, 0],
+            seen.get(row, 40),
+            sign * row,
+        ),
+    )
+    assert fates.rows.tolist() == order
+    np.testing.assert_array_equal(fates.scores, scores[order, 0])
 
 
 def test_candidates_are_those_of_mmdet():

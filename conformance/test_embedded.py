@@ -35,14 +35,7 @@ def test_small():
     assert sum(sizes.values()) <= 14e6, sizes
 
 
-def scored(name: str):
-    """The two that want a longer training."""
-    weak = name in ("yolov7_embedded", "ppyoloe_embedded")
-    marks = pytest.mark.xfail(strict=True, reason="AP 0.57 and 0.56 after 34 epochs") if weak else ()
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", map(scored, EMBEDDED))
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_golden_score_is_worth_defending(name):
     ap = read_golden(golden_dir(), name).cases[f"{name}-torch-fp32"].ap
     assert ap is not None

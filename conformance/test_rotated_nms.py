@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from alignment.nms import rotated
-from alignment.nms.rotated import corners, rotated_iou, rotated_iou_matrix, rotated_nms_by_class
+from alignment.nms.multiclass import by_class
+from alignment.nms.rotated import corners, rotated_iou, rotated_iou_matrix
+from alignment.nms.semantics import Fate, Fates, run
+from alignment.variant import Nms
 
 shapely = pytest.importorskip("shapely")
 MANY = settings(max_examples=300, deadline=None)
@@ -122,6 +126,15 @@ def test_the_matrix_is_that_of_all_pairs_also_in_chunks(monkeypatch):
     assert rotated_iou_matrix(a, b[:0]).shape == (40, 0)
 
 
+def test_the_matrix_is_that_of_the_wanted_pairs_and_computes_no_others(monkeypatch):
+    a, b = random_boxes(40, 0), random_boxes(30, 1)
+    where = np.random.default_rng(2).random((40, 30)) < 0.3
+    whole, computed = rotated_iou_matrix(a, b), []
+    monkeypatch.setattr(rotated, "rotated_iou", lambda *of: computed.append(len(of[0])) or rotated_iou(*of))
+    np.testing.assert_array_equal(rotated_iou_matrix(a, b, where), np.where(where, whole, 0))
+    assert 0 < np.count_nonzero(whole[where]) <= sum(computed) <= np.count_nonzero(where)
+
+
 def test_the_matrix_equals_that_of_the_stand_in_for_mmcv():
     torch = pytest.importorskip("torch")
     mmcv_ext = pytest.importorskip("alignment.models.mmcv_ext")
@@ -138,6 +151,19 @@ def test_corners_are_those_of_the_synthetic_truth():
     np.testing.assert_allclose(
         corners(found), [synthetic_rotated.corners(box) for box in found], rtol=1e-14, atol=1e-12
     )
+
+
+def nms_by_class(found: np.ndarray, labels: np.ndarray, threshold: float, limit: int) -> Fates:
+    """Fates of boxes ``[n, 5]``, by falling score; `labels` ``[n]``."""
+    scores = np.zeros((len(found), labels.max(initial=0) + 1), np.float32)
+    scores[np.arange(len(found)), labels] = np.linspace(1, 0.5, len(found))
+    nms = Nms(iou_threshold=threshold, max_per_image=limit)
+    return run(replace(by_class(nms, found.shape[1] == 5), frame="input"), found, scores)
+
+
+def kept_of(found: np.ndarray, labels: np.ndarray, threshold: float, limit: int) -> list[int]:
+    """Indices of the kept boxes, rising."""
+    return nms_by_class(found, labels, threshold, limit).kept.tolist()
 
 
 def greedy(found: np.ndarray, labels: np.ndarray, threshold: float, limit: int) -> list[int]:
@@ -166,24 +192,30 @@ coarse = st.tuples(
 def test_nms_is_greedy_by_class(rows, threshold, limit):
     found = np.array([row[0] for row in rows], np.float32).reshape(-1, 5)
     labels = np.array([row[1] for row in rows], np.int32)
-    kept = rotated_nms_by_class(found, labels, threshold, limit)
-    assert kept.dtype == np.int64
-    assert kept.tolist() == greedy(found, labels, threshold, limit)
+    fates = nms_by_class(found, labels, threshold, limit)
+    assert fates.kept.dtype == np.int64
+    assert fates.rows.tolist() == list(range(len(found)))
+    assert fates.kept.tolist() == greedy(found, labels, threshold, limit)
+    for index in np.flatnonzero(fates.fates == Fate.SUPPRESSED):
+        reached = [
+            k
+            for k in greedy(found, labels, threshold, len(found))
+            if k < index
+            and labels[k] == labels[index]
+            and np.float32(iou(found[k], found[index])) >= np.float32(threshold)
+        ]
+        assert fates.by[index] == reached[0]
+        assert fates.iou[index] == np.float32(iou(found[reached[0]], found[index]))
 
 
 def test_a_box_goes_that_reaches_the_threshold_as_float32_and_upright_nms_keeps_it():
-    from alignment.nms.multiclass import nms_by_class
-
     halves, labels = np.array([[0, 0, 4, 2, 0], [2, 0, 4, 2, 0]], np.float32), np.zeros(2, np.int32)
-    assert rotated_nms_by_class(halves, labels, 1 / 3, 9).tolist() == [0]
-    assert rotated_nms_by_class(halves, labels, float(np.nextafter(np.float32(1 / 3), np.float32(1))), 9).tolist() == [
-        0,
-        1,
-    ]
+    assert kept_of(halves, labels, 1 / 3, 9) == [0]
+    assert kept_of(halves, labels, float(np.nextafter(np.float32(1 / 3), np.float32(1))), 9) == [0, 1]
     # as float64 the IoU, 0.33333333333333331, would not reach this threshold
-    assert rotated_nms_by_class(halves, labels, 1 / 3 + 1e-12, 9).tolist() == [0]
+    assert kept_of(halves, labels, 1 / 3 + 1e-12, 9) == [0]
     upright = np.array([[0, 0, 4, 2], [2, 0, 6, 2]], np.float32)
-    assert nms_by_class(upright, labels, float(np.float32(1 / 3)), 9).tolist() == [0, 1]
+    assert kept_of(upright, labels, float(np.float32(1 / 3)), 9) == [0, 1]
 
 
 @pytest.mark.parametrize("classes", [1, 5])
@@ -198,10 +230,10 @@ def test_nms_of_many_boxes_equals_the_stand_in_for_mmcv(classes, threshold, span
     scores = torch.linspace(1, 0.1, 500)
     labelled = torch.from_numpy(np.hstack([found, labels[:, None]]).astype(np.float32))
     theirs = mmcv_ext.nms_rotated(labelled, scores, scores, labelled, labelled, threshold, True)
-    kept = rotated_nms_by_class(found, labels, threshold, 500)
-    assert kept.tolist() == theirs.tolist()
+    kept = kept_of(found, labels, threshold, 500)
+    assert kept == theirs.tolist()
     assert len(kept) < 500
-    assert rotated_nms_by_class(found, labels, threshold, 7).tolist() == kept[:7].tolist()
+    assert kept_of(found, labels, threshold, 7) == kept[:7]
 
 
 def test_boxes_that_are_not_finite_or_empty_suppress_nothing():
@@ -216,9 +248,9 @@ def test_boxes_that_are_not_finite_or_empty_suppress_nothing():
     ]
     found = np.array([*rows, *rows], np.float32)
     with np.errstate(all="raise"):
-        kept = rotated_nms_by_class(found, np.zeros(12, np.int32), 0.5, 99)
-        assert rotated_nms_by_class(found[:0], np.zeros(0, np.int32), 0.5, 9).tolist() == []
-    assert kept.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+        kept = kept_of(found, np.zeros(12, np.int32), 0.5, 99)
+        assert kept_of(found[:0], np.zeros(0, np.int32), 0.5, 9) == []
+    assert kept == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(("span", "threshold"), [(300.0, 0.1), (300.0, 0.9), (60.0, 0.1)])
@@ -227,7 +259,7 @@ def test_two_thousand_candidates_take_less_than_half_a_second(span, threshold):
 
     def seconds() -> float:
         start = time.perf_counter()
-        rotated_nms_by_class(found, labels, threshold, 2000)
+        nms_by_class(found, labels, threshold, 2000)
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(3)) < 0.5

@@ -263,7 +263,7 @@ class _Explainer:
         chain = [pair]
         while (other := step.decided_by(chain[-1])) is not None:
             if other in chain:
-                root = min(chain[chain.index(other) :], key=step.rank)
+                root = min(chain[chain.index(other) :], key=lambda one: (step.rank(one), one))
                 return root, None if root == pair else chain[1]
             chain.append(other)
         return chain[-1], chain[1] if len(chain) > 1 else None

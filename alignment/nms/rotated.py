@@ -1,4 +1,4 @@
-"""Rotated boxes in NumPy: their corners, their IoU, and NMS as mmcv's ``nms_rotated`` does it on a CPU.
+"""Rotated boxes in NumPy: their corners and their IoU.
 
 A rotated box is cx, cy, w, h and an angle in radians, which turns the x axis towards the y axis: clockwise on a screen.
 """
@@ -9,8 +9,7 @@ import numpy as np
 
 # Boxes with a smaller area overlap nothing (mmcv's box_iou_rotated_utils.hpp).
 MIN_AREA = 1e-14
-# Boxes settled at a time, and pairs computed at a time: intermediate arrays stay in the CPU's cache.
-_BLOCK = 64
+# Pairs computed at a time: intermediate arrays stay in the CPU's cache.
 _PAIRS = 1 << 13
 
 
@@ -23,10 +22,10 @@ def corners(boxes: np.ndarray) -> np.ndarray:
     return centre + np.stack([-along - across, along - across, along + across, across - along], -2)
 
 
-def rotated_iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def rotated_iou_matrix(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
     """IoU of every rotated box of `a` ``[n, 5]`` with every one of `b` ``[m, 5]``: ``[n, m] float64``.
 
-    0 for a box without area.
+    0 for a box without area, and outside of `where` ``[n, m] bool``.
     """
     a, b = a[:, :5].astype(np.float64), b[:, :5].astype(np.float64)
     matrix = np.zeros((len(a), len(b)))
@@ -34,6 +33,8 @@ def rotated_iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         reach_a, reach_b = _reach(a), _reach(b)
         near = np.abs(a[:, None, 0] - b[None, :, 0]) <= reach_a[:, None, 0] + reach_b[None, :, 0]
         near &= np.abs(a[:, None, 1] - b[None, :, 1]) <= reach_a[:, None, 1] + reach_b[None, :, 1]
+    if where is not None:
+        near &= where
     rows, columns = np.nonzero(near)
     for start in range(0, len(rows), _PAIRS):
         i, j = rows[start : start + _PAIRS], columns[start : start + _PAIRS]
@@ -48,45 +49,6 @@ def rotated_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         area_a, area_b = a[:, 2] * a[:, 3], b[:, 2] * b[:, 3]
         common = np.clip(_intersection(a, b), 0, np.minimum(area_a, area_b))
         return np.where((area_a < MIN_AREA) | (area_b < MIN_AREA), 0.0, common / (area_a + area_b - common))
-
-
-def rotated_nms_by_class(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float, limit: int) -> np.ndarray:
-    """Greedy NMS within each class; a box goes when its IoU with a kept one *reaches* the threshold.
-
-    As mmcv 2.0.1's nms_rotated.cpp: IoU and threshold are float32 when they are compared.  mmcv keeps classes apart by
-    adding class × (largest coordinate + 1) to the centres in float32; here boxes of other classes are left alone.
-
-    Args:
-        boxes: ``[n, 5]``, by falling score.
-        labels: ``[n]``.
-        limit: keep the first so many.
-
-    Returns:
-        Indices of the kept boxes, rising.
-    """
-    kept = [np.empty(0, np.int64)]
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        kept.append(members[_greedy(boxes[members], np.float32(iou_threshold), limit)])
-    return np.sort(np.concatenate(kept))[:limit]
-
-
-def _greedy(boxes: np.ndarray, threshold: np.float32, limit: int) -> np.ndarray:
-    """Positions that NMS keeps, at least the first `limit`: blocks are settled first among themselves, then kept boxes
-    clear what follows."""
-    rest = np.arange(len(boxes))
-    kept: list[np.ndarray] = []
-    while len(rest) and sum(map(len, kept)) < limit:
-        block, rest = rest[:_BLOCK], rest[_BLOCK:]
-        reaches = rotated_iou_matrix(boxes[block], boxes[block]).astype(np.float32) >= threshold
-        alive = np.ones(len(block), bool)
-        for i in range(len(block)):
-            if alive[i]:
-                alive[i + 1 :] &= ~reaches[i, i + 1 :]
-        block = block[alive]
-        kept.append(block)
-        rest = rest[~(rotated_iou_matrix(boxes[block], boxes[rest]).astype(np.float32) >= threshold).any(0)]
-    return np.concatenate(kept) if kept else rest
 
 
 def _reach(boxes: np.ndarray) -> np.ndarray:

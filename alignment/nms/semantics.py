@@ -22,7 +22,7 @@ from alignment.variant import Nms
 DENSE_BELOW, FLOOR = 0.007, -32768.0
 #: mmcv's batched_nms keeps classes apart by offsets up to so many boxes, and one by one from there on.
 SPLIT = 10000
-# Boxes settled at a time.
+# Boxes settled at a time: intermediate arrays stay in the CPU's cache.
 _BLOCK = 128
 
 Unit = Literal["pairs", "anchors"]
@@ -146,7 +146,8 @@ def run(
         alive = alive[: semantics.candidate_cap]
     placed, groups = _for_nms(semantics, boxes[rows[alive]], labels[alive], transform)
     by, iou = np.full(len(flat), -1, np.int64), np.zeros(len(flat), np.float32)
-    found = _suppress(semantics, placed, groups, values[alive], labels[alive])
+    found = _Greedy(semantics, placed, groups, values[alive])
+    found.settle(labels[alive])
     hit = found.by >= 0
     by[alive[hit]], iou[alive[hit]] = alive[found.by[hit]], found.iou[hit]
     fates[alive] = found.fates
@@ -154,8 +155,9 @@ def run(
 
 
 def mmyolo(nms: Nms) -> Semantics:
-    """mmyolo 0.6's ``predict_by_feat`` with mmcv 2.0's ``batched_nms``: `nms_pre` counts (row, class) pairs, boxes are
-    those of the original image, classes are kept apart by offsets; clipping comes last.
+    """mmyolo 0.6's ``predict_by_feat`` with mmdet's ``filter_scores_and_topk`` and mmcv 2.0's ``batched_nms``: a score
+    must exceed the threshold, `nms_pre` counts (row, class) pairs, boxes are those of the original image, classes are
+    kept apart by offsets; clipping comes last.
 
     YOLOX's ``yolox_style`` lifts max_per_img: give `nms` a `max_per_image` as large as `nms_pre` then.
     """
@@ -241,22 +243,36 @@ def _passing(semantics: Semantics, scores: np.ndarray) -> tuple[np.ndarray, np.n
     room = len(values) if semantics.candidate_cap is None else semantics.candidate_cap
     over[flat[fates == Fate.BACKGROUND]] = False
     lower = np.flatnonzero(~over)[:room]
-    flat = np.concatenate([flat[fates == Fate.KEPT], lower])
-    floored = np.concatenate(
-        [values[flat[: len(flat) - len(lower)]], np.full(len(lower), semantics.floor, scores.dtype)]
-    )
+    flat = np.sort(np.concatenate([flat[fates == Fate.KEPT], lower]))
+    floored = np.where(over[flat], values[flat], scores.dtype.type(semantics.floor))
     return flat, floored, np.full(len(flat), Fate.KEPT, np.int8)
 
 
 def _falling(values: np.ndarray, flat: np.ndarray, ties: str, first: np.ndarray | None = None) -> np.ndarray:
-    """The order by falling score; what is not a number comes first, as in a sort by bits."""
-    index = flat if ties == "rising" else -flat
-    if first is None or not len(first):
-        return np.lexsort((index, -values, ~np.isnan(values)))
-    by_pair = np.argsort(first)
-    place = by_pair[np.searchsorted(first, flat, sorter=by_pair).clip(max=len(first) - 1)]
-    place = np.where(first[place] == flat, place, len(first))
-    return np.lexsort((index, place, -values, ~np.isnan(values)))
+    """The order by falling score; what is not a number comes first, as in a sort by bits.  `flat` rises."""
+    order = np.arange(len(flat)) if ties == "rising" else np.arange(len(flat))[::-1]
+    if first is not None and len(first):
+        by_pair = np.argsort(first)
+        place = by_pair[np.searchsorted(first, flat, sorter=by_pair).clip(max=len(first) - 1)]
+        place = np.where(first[place] == flat, place, len(first))
+        order = order[np.argsort(place[order], kind="stable")]
+    elif ties == "rising":
+        return _by_falling(values)
+    return order[_by_falling(values[order])]
+
+
+def _by_falling(values: np.ndarray) -> np.ndarray:
+    """Positions ``[n]`` by falling value ``[n]``, equal ones as they stand, those that are no number first."""
+    if values.dtype != np.float32:
+        order = np.argsort(-values, kind="stable")
+        return np.roll(order, np.count_nonzero(np.isnan(values)))
+    # Value and position as one integer: twice as fast as a stable argsort, and a low threshold passes millions.
+    bits = (values + np.float32(0)).view(np.int32)  # -0 becomes 0
+    keys = np.where(bits < 0, bits & 0x7FFFFFFF, ~bits)
+    keys[np.isnan(values)] = -(2**31)
+    placed = keys.astype(np.int64) << 32 | np.arange(len(values))
+    placed.sort()
+    return placed & 0xFFFFFFFF
 
 
 def _best_rows(
@@ -300,98 +316,116 @@ def with_class_offsets(boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return moved
 
 
-@dataclass
-class _Found:
-    """`fates`, `by` and `iou` of the boxes that NMS was given."""
+class _Greedy:
+    """Greedy NMS of `boxes` by falling score; `fates`, `by` and `iou` say what becomes of each."""
 
-    fates: np.ndarray
-    by: np.ndarray
-    iou: np.ndarray
+    def __init__(self, semantics: Semantics, boxes: np.ndarray, groups: np.ndarray, scores: np.ndarray) -> None:
+        self.semantics, self.boxes, self.groups, self.scores = semantics, boxes, groups, scores
+        self.rotated, count = boxes.shape[1] == 5, len(boxes)
+        self.fates = np.full(count, Fate.KEPT, np.int8)
+        self.by, self.iou = np.full(count, -1, np.int64), np.zeros(count, np.float32)
 
+    def settle(self, labels: np.ndarray) -> None:
+        """All boxes, of which `labels` are the classes."""
+        limit = self.semantics.max_output
+        if self.semantics.max_per_class is not None:
+            self._settle_each(labels, self.semantics.max_per_class)
+        elif self.rotated:
+            # One group at a time: even to find out which rotated boxes are near is dear.
+            self._settle_each(self.groups, limit)
+        else:
+            self._settle_members(np.arange(len(labels)), limit)
+        if limit is not None:
+            self.fates[np.flatnonzero(self.fates == Fate.KEPT)[limit:]] = Fate.CUT_BY_MAX_OUTPUT
 
-def _suppress(
-    semantics: Semantics, boxes: np.ndarray, groups: np.ndarray, scores: np.ndarray, labels: np.ndarray
-) -> _Found:
-    """Greedy NMS of boxes by falling score."""
-    count = len(boxes)
-    found = _Found(np.full(count, Fate.KEPT, np.int8), np.full(count, -1, np.int64), np.zeros(count, np.float32))
-    if semantics.max_per_class is None:
-        _greedy(semantics, boxes, groups, scores, np.arange(count), semantics.max_output, found)
-        return found
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        _greedy(semantics, boxes, groups, scores, members, semantics.max_per_class, found)
-    if semantics.max_output is not None:
-        kept = np.flatnonzero(found.fates == Fate.KEPT)
-        found.fates[kept[semantics.max_output :]] = Fate.CUT_BY_MAX_OUTPUT
-    return found
+    def _settle_each(self, parts: np.ndarray, limit: int | None) -> None:
+        for part in np.unique(parts):
+            self._settle_members(np.flatnonzero(parts == part), limit)
 
+    def _settle_members(self, members: np.ndarray, limit: int | None) -> None:
+        """A block at a time: kept boxes clear what follows of those they suppress, the rest settles among itself."""
+        limit = len(members) if limit is None else limit
+        # Rotated boxes clear all that follows, so that what is gone costs no more IoUs.  Others clear only as far as
+        # the limit lets one look.
+        reach = max(len(members), 1) if self.rotated else _BLOCK
+        kept = np.empty(0, np.int64)
+        for start in range(0, len(members), reach):
+            if len(kept) >= limit:
+                self.fates[members[start:]] = Fate.CUT_BY_MAX_OUTPUT
+                break
+            rest = self._cleared(kept, members[start : start + reach])
+            while len(rest):
+                block, rest = self._settled(rest[:_BLOCK]), rest[_BLOCK:]
+                kept = np.concatenate([kept, block])
+                if len(kept) >= limit:
+                    self.fates[rest] = Fate.CUT_BY_MAX_OUTPUT
+                    break
+                rest = self._cleared(block, rest)
+        self.fates[kept[limit:]] = Fate.CUT_BY_MAX_OUTPUT
 
-def _greedy(
-    semantics: Semantics,
-    boxes: np.ndarray,
-    groups: np.ndarray,
-    scores: np.ndarray,
-    members: np.ndarray,
-    limit: int | None,
-    found: _Found,
-) -> None:
-    """Settles `members` a block at a time: against what was kept before, then among themselves."""
-    limit = len(members) if limit is None else limit
-    kept = np.empty(0, np.int64)
-    for start in range(0, len(members), _BLOCK):
-        if len(kept) >= limit:
-            found.fates[members[start:]] = Fate.CUT_BY_MAX_OUTPUT
-            break
-        block = members[start : start + _BLOCK]
-        rivals = np.concatenate([kept, block])
-        iou, meets = _meets(semantics, boxes, groups, scores, rivals, block)
-        first = np.full(len(block), -1)
-        gone = np.flatnonzero(meets[: len(kept)].any(0))
-        if len(gone):
-            first[gone] = meets[: len(kept), gone].argmax(0)
-        own = np.triu(meets[len(kept) :], 1)
-        for index in np.flatnonzero(own.any(1)):
-            if first[index] < 0:
-                first[own[index] & (first < 0)] = len(kept) + index
-        hit = np.flatnonzero(first >= 0)
-        found.fates[block[hit]] = Fate.SUPPRESSED
-        found.by[block[hit]], found.iou[block[hit]] = rivals[first[hit]], iou[first[hit], hit]
-        kept = np.concatenate([kept, block[first < 0]])
-    found.fates[kept[limit:]] = Fate.CUT_BY_MAX_OUTPUT
+    def _cleared(self, kept: np.ndarray, rest: np.ndarray) -> np.ndarray:
+        """What `kept` leaves of `rest`."""
+        if not len(kept) or not len(rest):
+            return rest
+        iou, meets = self._meets(kept, rest, self._rivals(kept, rest))
+        gone = np.flatnonzero(meets.any(0))
+        by = meets[:, gone].argmax(0)
+        self._suppress(rest[gone], kept[by], iou[by, gone])
+        return np.delete(rest, gone)
 
+    def _settled(self, block: np.ndarray) -> np.ndarray:
+        """What is left of `block` when its boxes have suppressed each other."""
+        iou, meets = self._meets(block, block, np.triu(self._rivals(block, block), 1))
+        alive = np.ones(len(block), bool)
+        for index in np.flatnonzero(meets.any(1)):
+            if alive[index]:
+                gone = meets[index] & alive
+                self._suppress(block[gone], block[index], iou[index, gone])
+                alive &= ~gone
+        return block[alive]
 
-def _meets(
-    semantics: Semantics, boxes: np.ndarray, groups: np.ndarray, scores: np.ndarray, a: np.ndarray, b: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """IoU ``[n, m] float32`` of boxes `a` with boxes `b`, and whether one of `a` suppresses one of `b`."""
-    if boxes.shape[1] == 5:
-        iou = rotated_iou_matrix(boxes[a], boxes[b]).astype(np.float32)
-    else:
-        iou = iou_float32(boxes[a], boxes[b], semantics.reorder)
-    threshold = np.float32(semantics.iou_threshold)
-    with np.errstate(invalid="ignore"):
-        meets = iou >= threshold if semantics.iou_inclusive else iou > threshold
-        meets &= groups[a][:, None] == groups[b]
-        if semantics.floor is not None:  # only there can a score be no number
-            meets &= scores[b] <= scores[a][:, None]
-    return iou, meets
+    def _suppress(self, gone: np.ndarray, by: np.ndarray, iou: np.ndarray) -> None:
+        self.fates[gone], self.by[gone], self.iou[gone] = Fate.SUPPRESSED, by, iou
+
+    def _rivals(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Whether one of `a` suppresses one of `b` where they overlap enough: ``[n, m] bool``."""
+        rivals = self.groups[a][:, None] == self.groups[b]
+        if self.semantics.floor is not None:  # only there can a score be no number
+            with np.errstate(invalid="ignore"):
+                rivals &= self.scores[b] <= self.scores[a][:, None]
+        return rivals
+
+    def _meets(self, a: np.ndarray, b: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """IoU ``[n, m] float32`` of boxes `a` with boxes `b`; and of pairs `where`, whether it is enough."""
+        if self.rotated:
+            iou = rotated_iou_matrix(self.boxes[a], self.boxes[b], where).astype(np.float32)
+        else:
+            iou = iou_float32(self.boxes[a], self.boxes[b], self.semantics.reorder)
+        threshold = np.float32(self.semantics.iou_threshold)
+        with np.errstate(invalid="ignore"):
+            meets = iou >= threshold if self.semantics.iou_inclusive else iou > threshold
+        return iou, meets & where
 
 
 def iou_float32(a: np.ndarray, b: np.ndarray, reorder: bool) -> np.ndarray:
     """IoU of every box of `a` ``[n, 4]`` with every one of `b` ``[m, 4]``, rounded as deployed code does.
 
-    Sides are rounded to the boxes' own type, areas are float32.  0 / 0 of two boxes without area is no number.
+    Sides are rounded to the boxes' own type, areas are float32.  0 / 0 of two boxes without area is no number,
+    which reaches no threshold.
     """
     if reorder:
         a, b = (np.concatenate([np.minimum(x[:, :2], x[:, 2:]), np.maximum(x[:, :2], x[:, 2:])], 1) for x in (a, b))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         ax1, ay1, ax2, ay2 = a.T[:, :, None]
-        bx1, by1, bx2, by2 = b.T[:, None, :]
-        width = np.maximum(np.minimum(ax2, bx2) - np.maximum(ax1, bx1), 0).astype(np.float32)
-        height = np.maximum(np.minimum(ay2, by2) - np.maximum(ay1, by1), 0).astype(np.float32)
+        bx1, by1, bx2, by2 = np.ascontiguousarray(b.T)
+        width = _float32(np.maximum(np.minimum(ax2, bx2) - np.maximum(ax1, bx1), 0))
+        height = _float32(np.maximum(np.minimum(ay2, by2) - np.maximum(ay1, by1), 0))
         common = width * height
-        area_a = (ax2 - ax1).astype(np.float32) * (ay2 - ay1).astype(np.float32)
-        area_b = (bx2 - bx1).astype(np.float32) * (by2 - by1).astype(np.float32)
+        area_a = _float32(ax2 - ax1) * _float32(ay2 - ay1)
+        area_b = _float32(bx2 - bx1) * _float32(by2 - by1)
         iou = common / (area_a + area_b - common)
     return np.where(common <= 0, np.float32(0), iou) if reorder else iou
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32, copy=False)

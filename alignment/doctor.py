@@ -16,14 +16,17 @@ from alignment.engine import capabilities
 from alignment.storage import cache_dir, data_dir
 from alignment.variant import golden_dir
 
+_HERE = "in the repository"
 _PACKAGES = {
     "torch": "pip install 'torch>=2.4'",
-    "mmyolo": "pip install 'alignment[mmyolo]'",
-    "mmdet": "pip install 'alignment[mmyolo]'",
-    "onnx": "pip install alignment",
-    "onnxruntime": "pip install alignment",
-    "pycocotools": "pip install alignment",
-    "polygraphy": "pip install 'alignment[dev]'",
+    "mmyolo": f"pip install '.[mmyolo]' {_HERE}",
+    "mmdet": f"pip install '.[mmyolo]' {_HERE}",
+    "mmrotate": "for rotated boxes: pip install --no-deps mmrotate==1.0.0rc1",
+    "e2cnn": f"for rotated boxes: pip install '.[rotated]' {_HERE}",
+    "onnx": f"pip install . {_HERE}",
+    "onnxruntime": f"pip install . {_HERE}",
+    "pycocotools": f"pip install . {_HERE}",
+    "polygraphy": f"pip install '.[dev]' {_HERE}",
 }
 
 
@@ -76,7 +79,7 @@ def _versions() -> Finding:
 
 def _compiled_ops() -> Finding:
     if importlib.util.find_spec("mmcv") is None:
-        return Finding("mmcv ops", "missing", "pip install 'alignment[mmyolo]'")
+        return Finding("mmcv ops", "missing", _PACKAGES["mmyolo"])
     if importlib.util.find_spec("mmcv._ext") is not None:
         return Finding("mmcv ops", "ok", "compiled mmcv")
     return Finding("mmcv ops", "note", "mmcv-lite: the pure-torch stand-in serves NMS, rotated IoU and focal loss")

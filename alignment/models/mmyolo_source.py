@@ -33,7 +33,7 @@ def require_mmyolo() -> None:
         for module in ("mmdet.evaluation", "mmyolo.models", "mmyolo.datasets", "mmyolo.engine", "mmyolo.utils"):
             importlib.import_module(module)
     except ImportError as error:
-        raise AlignError(f"mmyolo cannot be imported: {error}", "pip install 'alignment[mmyolo]'") from None
+        raise AlignError(f"mmyolo cannot be imported: {error}", "pip install '.[mmyolo]' in the repository") from None
     from mmengine.registry import init_default_scope
 
     init_default_scope("mmyolo")

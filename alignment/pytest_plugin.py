@@ -24,6 +24,7 @@ MARKERS = {
     "fp32_alignment": "torch, ONNX Runtime and TensorRT give the same answers in FP32",
     "fp16_alignment": "ONNX Runtime and TensorRT in FP16 find what torch finds in FP32",
     "nms": "post-processing: what each implementation keeps, and why they differ",
+    "topk": "which candidates a TopK lets through, and what its limit costs",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
     "real_data": "needs the real checkpoints and images below ALIGN_DATA",
 }

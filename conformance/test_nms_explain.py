@@ -180,6 +180,7 @@ def test_mmyolo_against_efficient_nms(name, causes):
     assert {d.cause for d in found} <= causes | {"cascade"}
 
 
+@pytest.mark.topk
 def test_topk_over_anchors_and_over_pairs():
     scene = SCENES["yolo 0.01"]
     nms = Nms(score_threshold=0.01, nms_pre=3840, max_per_image=300, iou_threshold=0.65)

@@ -96,6 +96,7 @@ def test_a_graph_without_boxes_is_refused(decoded):
         NmsHead("nms", Nms())  # type: ignore[arg-type]
 
 
+@pytest.mark.topk
 @pytest.mark.parametrize(
     ("asked", "rows", "kind", "given", "said"),
     [
@@ -119,6 +120,7 @@ def test_k_is_clipped_to_what_tensorrt_takes_and_that_is_said(asked, rows, kind,
     assert notes[0].startswith(said) if said else not notes
 
 
+@pytest.mark.topk
 @pytest.mark.parametrize("topk", [None, 60])
 def test_every_difference_on_real_outputs_is_explained(variant, samples, topk):
     changes = {"score_threshold": 0.001, "max_per_image": 10}

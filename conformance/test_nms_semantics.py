@@ -196,6 +196,7 @@ def test_every_pair_has_a_fate_that_its_evidence_bears_out(image, semantics):
         assert len(np.unique(fates.rows[fates.kept])) == len(fates.kept)
 
 
+@pytest.mark.topk
 def test_the_anchors_of_topk_are_onnx_runtimes():
     import onnxruntime
 

@@ -186,6 +186,7 @@ def test_wrong_image_size(runner):
         runner.run(np.zeros((1, 3, SIZE, SIZE + 32), np.float32))
 
 
+@pytest.mark.topk
 def test_topk_above_the_limit(tmp_path):
     """3 x 32 x 32 is too few, so the image is repeated; TensorRT takes K up to 3840."""
     nodes = [

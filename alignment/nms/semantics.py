@@ -173,11 +173,6 @@ def mmyolo(nms: Nms) -> Semantics:
     )
 
 
-def torchvision(score_threshold: float, iou_threshold: float, max_output: int | None = None) -> Semantics:
-    """``torchvision.ops.batched_nms`` on a CPU up to 4000 coordinates, after a score filter."""
-    return Semantics(score_threshold, iou_threshold, classes="offset", max_output=max_output)
-
-
 def onnx_nms(score_threshold: float, iou_threshold: float, max_per_class: int) -> Semantics:
     """ONNX's ``NonMaxSuppression`` (opset 11), as ONNX Runtime does it."""
     return Semantics(score_threshold, iou_threshold, reorder=True, max_per_class=max_per_class)
@@ -305,7 +300,7 @@ def _for_nms(
 
 
 def with_class_offsets(boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Boxes moved apart by class, as mmcv's and torchvision's ``batched_nms``: in the boxes' own type, so that a large
+    """Boxes moved apart by class, as mmcv's ``batched_nms``: in the boxes' own type, so that a large
     offset rounds them, and by one more than the largest coordinate, so that negative ones can still meet."""
     moved = boxes.copy()
     if boxes.shape[1] == 5:

@@ -308,7 +308,8 @@ def _print_explanation(found: Explanation, show: int) -> None:
     table = Table("cause", "boxes", "AP without", title=f"{found.subject} against {found.reference}")
     for cause in found.causes:
         table.add_row(cause.cause, str(cause.boxes), "-" if cause.ap_without is None else f"{cause.ap_without:.4f}")
-    out.print(table)
+    if found.causes:
+        out.print(table)
     for box in found.boxes[:show]:
         follows = f" of {box.follows}" if box.follows else ""
         out.print(

@@ -300,8 +300,8 @@ def _for_nms(
 
 
 def with_class_offsets(boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Boxes moved apart by class, as mmcv's ``batched_nms``: in the boxes' own type, so that a large
-    offset rounds them, and by one more than the largest coordinate, so that negative ones can still meet."""
+    """Boxes moved apart by class, as mmcv's ``batched_nms`` does: in the boxes' own type, so that a large offset rounds
+    them, and by one more than the largest coordinate, so that negative ones can still meet."""
     moved = boxes.copy()
     if boxes.shape[1] == 5:
         largest = boxes[:, :2].max() + boxes[:, 2:4].max()

@@ -17,7 +17,7 @@ from alignment.data.coco import read_image
 from alignment.data.samples import Sample, Samples
 from alignment.engine.capabilities import Capabilities
 from alignment.errors import AlignError
-from alignment.export.nms_head import ROWS, Kind, NmsHead, clipped, require_boxes, with_nms
+from alignment.export.nms_head import ROWS, Kind, NmsHead, lint, require_boxes, with_nms
 from alignment.export.onnx_export import ExportOptions, exported
 from alignment.golden import limits, read_golden
 from alignment.models.outputs import to_outputs
@@ -102,8 +102,9 @@ def explain_variant(
     require_boxes(variant)
     variant = variant.model_copy(update={"nms": Nms.model_validate({**variant.nms.model_dump(), **(changes or {})})})
     model = onnx.load(exported(variant, ExportOptions(outputs="decoded")).onnx)
-    count, notes = clipped(topk, model, HEADS[backend])
-    head = NmsHead(HEADS[backend], variant.nms, count, keep=True)
+    head = NmsHead(HEADS[backend], variant.nms, keep=True)
+    count, notes = lint(topk, model, head)
+    head = replace(head, topk=count)
     case = Case(variant.name, backend, "fp32")  # type: ignore[arg-type]
     found = Explained(notes=notes)
     with (

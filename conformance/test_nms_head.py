@@ -15,7 +15,7 @@ from alignment.cli import app
 from alignment.data.samples import Samples, open_samples
 from alignment.divergence import explain_records, explain_variant, seen_pairs
 from alignment.errors import AlignError
-from alignment.export.nms_head import NmsHead, clipped, with_nms
+from alignment.export.nms_head import NmsHead, lint, with_nms
 from alignment.export.onnx_export import ExportOptions, exported
 from alignment.nms.semantics import onnx_nms, run
 from alignment.report.html import headline
@@ -90,8 +90,6 @@ def test_a_graph_without_boxes_is_refused(decoded):
     ended = with_nms(decoded, NmsHead("efficient_nms", Nms()))
     with pytest.raises(AlignError, match="no boxes and scores to run NMS on"):
         with_nms(ended, NmsHead("efficient_nms", Nms()))
-    with pytest.raises(AlignError, match="one label a box"):
-        NmsHead("onnx_nms", Nms(multi_label=False))
     with pytest.raises(AlignError, match="choose from efficient_nms, onnx_nms"):
         NmsHead("nms", Nms())  # type: ignore[arg-type]
 
@@ -115,7 +113,8 @@ def test_a_graph_without_boxes_is_refused(decoded):
 )
 def test_k_is_clipped_to_what_tensorrt_takes_and_that_is_said(asked, rows, kind, given, said):
     boxes = onnx.helper.make_tensor_value_info("boxes", onnx.TensorProto.FLOAT, ["batch", rows, 4])
-    count, notes = clipped(asked, onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [boxes])), kind)
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [boxes]))
+    count, notes = lint(asked, model, NmsHead(kind, Nms()))
     assert count == given
     assert notes[0].startswith(said) if said else not notes
 
@@ -132,6 +131,15 @@ def test_every_difference_on_real_outputs_is_explained(variant, samples, topk):
     ours, theirs = found.detections
     kept = [d.subject.kept for each in found.divergences.values() for d in each]
     assert theirs - ours == sum(kept) - (len(kept) - sum(kept))
+
+
+def test_one_label_a_row_against_all_that_pass(variant, samples, decoded):
+    found = explain_variant(
+        variant, "onnxruntime", samples, golden_dir(), {"multi_label": False, "score_threshold": 0.001}
+    )
+    assert set(found.causes) <= {"multi_label", "cascade", "max_output"}
+    assert found.causes["multi_label"] > 0
+    assert found.notes == ["labels: the variant's NMS takes one a row, the deployed one every label that passes"]
 
 
 def test_a_graph_with_another_threshold_than_it_says_is_not_explained(variant, samples, monkeypatch):

@@ -49,8 +49,6 @@ class NmsHead:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise AlignError(f"NMS {self.kind!r} is unknown", f"choose from {', '.join(KINDS)}")
-        if not self.nms.multi_label:
-            raise AlignError("an NMS with one label a box is not exported", "set nms.multi_label in the variant's YAML")
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -113,17 +111,25 @@ def end_in_nms(path: Path, head: NmsHead, topk: int | None) -> list[str]:
         topk: the K that is asked for; it is clipped to what the NMS takes.
 
     Returns:
-        What there is to know about K.
+        What there is to know about it: boxes that K can cost, labels that mmyolo would not give.
     """
     model = onnx.load(path)
-    count, notes = clipped(topk, model, head.kind)
+    count, notes = lint(topk, model, head)
     with writing(path) as temporary:
         onnx.save(with_nms(model, replace(head, topk=count)), temporary)
     return notes
 
 
-def clipped(topk: int | None, model: onnx.ModelProto, kind: Kind) -> tuple[int | None, list[str]]:
-    """The K that a graph gets for one that is asked for, None where all rows go on, and what that means."""
+def lint(topk: int | None, model: onnx.ModelProto, head: NmsHead) -> tuple[int | None, list[str]]:
+    """The K that a graph gets for one that is asked for, None where all rows go on; and what its NMS does otherwise
+    than the variant's own."""
+    count, notes = _clipped(topk, model, head.kind)
+    if not head.nms.multi_label:
+        notes = [*notes, "labels: the variant's NMS takes one a row, the deployed one every label that passes"]
+    return count, notes
+
+
+def _clipped(topk: int | None, model: onnx.ModelProto, kind: Kind) -> tuple[int | None, list[str]]:
     if topk is None:
         return None, []
     (boxes,) = (output for output in model.graph.output if output.name == "boxes")

@@ -100,8 +100,8 @@ def read_golden(folder: Path, variant: str) -> Golden:
 def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int | None = None) -> GoldenCase:
     """What `case` is held to at the place that `provenance` tells of: defaults, then golden, then its overlays.
 
-    On fewer `images` than were measured one detection weighs more in a rate and in AP: the defaults of these hold
-    then, where they are wider.
+    One detection weighs more in a rate, and in AP, on fewer `images` than were measured: those limits widen by the
+    ratio of the two counts, and never tighten below the defaults.
     """
     defaults = DEFAULTS[case.precision]
     found = GoldenCase(tolerances={q: Tolerance(value=v, origin=_UNMEASURED) for q, v in defaults.items()})
@@ -110,13 +110,19 @@ def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int |
         if case.id in layer:
             found.tolerances.update(layer[case.id].tolerances)
             found.ap = layer[case.id].ap or found.ap
-    if images is not None and found.ap and images < found.ap.images:
+    if images and found.ap and images < found.ap.images:
         for name in RATES:
-            value, usual = found.tolerances[name].value, defaults[name]
-            if usual < value if name == "agreement" else usual > value:
-                origin = f"default, as {found.ap.images} images were measured"
-                found.tolerances[name] = Tolerance(value=usual, origin=origin)
+            value = _on_fewer(name, found.tolerances[name].value, defaults[name], found.ap.images / images)
+            origin = f"{found.tolerances[name].origin}; widened: {images} of the {found.ap.images} measured images"
+            found.tolerances[name] = Tolerance(value=value, origin=origin)
     return found
+
+
+def _on_fewer(name: Quantity, measured: float, default: float, ratio: float) -> float:
+    """A rate's limit where `ratio` times as many images were measured."""
+    if name == "agreement":
+        return max(0.0, min(default, 1 - (1 - measured) * ratio))
+    return max(default, measured * ratio)
 
 
 def update(folder: Path, result: CaseResult, dataset: dict[str, Any], reason: str) -> Path:

@@ -59,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.strict_cases = given or getattr(config.option, "strict_cases", False)
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"
+    _chosen(config)  # a wrong name ends here, in one line, not as an error of each test that asks for it
 
 
 class Store:

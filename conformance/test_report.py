@@ -330,7 +330,7 @@ def test_headline(statuses: list[str], verdict: str, summary: str, tmp_path: Pat
         (html.precise(0.01004), "0.01004"),
         (html.cosine(1 - 3e-8), "1 - 3.0e-08"),
         (html.cosine(1.0), "1.000000"),
-        (html.decibel(None), "-"),
+        pytest.param(html.decibel(None), "-", id="no decibels"),
         (html.signed(-0.0014), "-0.0014"),
         (html.signed(2e-5), "+2.0e-05"),
         (html.key(None), ""),

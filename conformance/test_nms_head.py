@@ -114,9 +114,22 @@ def test_a_graph_without_boxes_is_refused(decoded):
 def test_k_is_clipped_to_what_tensorrt_takes_and_that_is_said(asked, rows, kind, given, said):
     boxes = onnx.helper.make_tensor_value_info("boxes", onnx.TensorProto.FLOAT, ["batch", rows, 4])
     model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [boxes]))
-    count, notes = lint(asked, model, NmsHead(kind, Nms()))
+    count, notes = lint(asked, model, NmsHead(kind, Nms(score_threshold=0.25)))
     assert count == given
     assert notes[0].startswith(said) if said else not notes
+
+
+@pytest.mark.parametrize(
+    ("kind", "threshold", "said"),
+    [
+        ("efficient_nms", 0.001, True),
+        ("efficient_nms", 0.007, False),
+        ("onnx_nms", 0.001, False),
+    ],
+)
+def test_places_that_hold_boxes_below_the_threshold_are_announced(kind, threshold, said):
+    _, notes = lint(None, onnx.ModelProto(), NmsHead(kind, Nms(score_threshold=threshold)))
+    assert any("with score -32768" in note for note in notes) == said
 
 
 @pytest.mark.topk

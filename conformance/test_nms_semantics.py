@@ -197,6 +197,20 @@ def test_every_pair_has_a_fate_that_its_evidence_bears_out(image, semantics):
 
 
 @pytest.mark.topk
+@settings(max_examples=200, deadline=None)
+@given(images(values=st.integers(0, 8).map(lambda i: i / 8)), SEMANTICS, st.integers(1, 12))
+def test_topk_over_rows_hands_them_on_by_their_best_score(image, semantics, count):
+    """A graph that ends in TopK, Gather and NMS: NMS knows the rows by their rank only."""
+    boxes, scores = image
+    rank = np.argsort(-scores.max(1), kind="stable")[:count]
+    after = dataclasses.replace(semantics, topk=None, ties="rising")
+    given_rows = run(after, boxes[rank], scores[rank], MOVED)
+    whole = run(dataclasses.replace(after, topk=count, topk_unit="anchors"), boxes, scores, MOVED)
+    np.testing.assert_array_equal(whole.rows[whole.kept], rank[given_rows.rows[given_rows.kept]])
+    np.testing.assert_array_equal(whole.labels[whole.kept], given_rows.labels[given_rows.kept])
+
+
+@pytest.mark.topk
 def test_the_anchors_of_topk_are_onnx_runtimes():
     import onnxruntime
 

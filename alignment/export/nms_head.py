@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from alignment.errors import AlignError
+from alignment.nms.semantics import DENSE_BELOW, FLOOR
 from alignment.storage import writing
 from alignment.variant import Nms, Variant
 
@@ -126,6 +127,9 @@ def lint(topk: int | None, model: onnx.ModelProto, head: NmsHead) -> tuple[int |
     count, notes = _clipped(topk, model, head.kind)
     if not head.nms.multi_label:
         notes = [*notes, "labels: the variant's NMS takes one a row, the deployed one every label that passes"]
+    if head.kind == "efficient_nms" and head.nms.score_threshold < DENSE_BELOW:
+        over = f"places left over hold boxes below it, with score {FLOOR:g}"
+        notes = [*notes, f"scores: at a threshold under {DENSE_BELOW} {over}"]
     return count, notes
 
 

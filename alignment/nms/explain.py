@@ -351,7 +351,7 @@ class _Step:
 
     def __init__(self, cause: Cause, fields: tuple[str, ...], before: Fates, after: Fates, classes: int) -> None:
         self.cause, self.fields, self.before, self.after, self.classes = cause, fields, before, after, classes
-        self._place = {id(f): {int(p): i for i, p in enumerate(f.rows * classes + f.labels)} for f in (before, after)}
+        self._sorted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.kept_before, self.kept_after = (
             set((f.rows * classes + f.labels)[f.kept].tolist()) for f in (before, after)
         )
@@ -360,20 +360,28 @@ class _Step:
 
     def rank(self, pair: int) -> int:
         """Its place by score, at its best."""
-        return min(self._place[id(f)].get(pair, len(f.rows)) for f in (self.before, self.after))
+        places = (self._place(fates, pair) for fates in (self.before, self.after))
+        return min((p for p in places if p is not None), default=len(self.before.rows))
 
     def fate(self, fates: Fates, pair: int) -> Fate:
         """What became of a pair."""
-        place = self._place[id(fates)].get(pair)
+        place = self._place(fates, pair)
         return Fate.BELOW_THRESHOLD if place is None else Fate(int(fates.fates[place]))
 
     def by(self, fates: Fates, pair: int) -> int | None:
         """The pair that suppressed it."""
-        place = self._place[id(fates)].get(pair)
+        place = self._place(fates, pair)
         if place is None or fates.by[place] < 0:
             return None
         at = int(fates.by[place])
         return int(fates.rows[at] * self.classes + fates.labels[at])
+
+    def _place(self, fates: Fates, pair: int) -> int | None:
+        if id(fates) not in self._sorted:
+            self._sorted[id(fates)] = _sorted(fates, self.classes)
+        pairs, order = self._sorted[id(fates)]
+        at = int(np.searchsorted(pairs, pair))
+        return int(order[at]) if at < len(pairs) and pairs[at] == pair else None
 
     def suppressor(self, pair: int) -> int | None:
         """The pair that suppresses it before or after."""
@@ -403,3 +411,10 @@ class _Step:
                     found.append(other)
                     queue.append(other)
         return [*found[1:], *(other for other in self.flipped if other not in found)][:_DECIDERS]
+
+
+def _sorted(fates: Fates, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs in rising order, and where each stands."""
+    pairs = fates.rows * classes + fates.labels
+    order = np.argsort(pairs)
+    return pairs[order], order

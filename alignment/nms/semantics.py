@@ -55,7 +55,7 @@ class Semantics:
         floor: the score of what does not pass, where that stays a candidate; None where it is dropped.
         topk: how many candidates of highest score go on.
         topk_unit: ``pairs``: of the (row, class) pairs that passed; ``anchors``: of the rows, by their best score,
-            before any threshold.
+            before any threshold; what follows takes rows by that score, no longer by index.
         candidate_cap: how many pairs NMS takes.
         ties: equal scores go by row and class, ``rising`` or ``falling``.
         frame: whose pixels the IoU is taken in: of the network's ``input``, or of the ``original`` image.
@@ -131,13 +131,19 @@ def run(
             sorts ties in no order was seen to keep.
     """
     classes = scores.shape[1]
+    ranked, most_rows = None, semantics.topk if semantics.topk_unit == "anchors" else None
+    if most_rows is not None:
+        # What follows sees the rows in the order in which TopK gives them.
+        ranked = _falling(scores.max(1), np.arange(len(scores)), semantics.ties)
+        boxes, scores = boxes[ranked], scores[ranked]
+        first = None if first is None else np.argsort(ranked)[first // classes] * classes + first % classes
     flat, values, fates = _passing(semantics, scores)
     order = _falling(values, flat, semantics.ties, first)
     flat, values, fates = flat[order], values[order], fates[order]
     rows, labels = np.divmod(flat, classes)
+    if most_rows is not None:
+        fates[(fates == Fate.KEPT) & (rows >= most_rows)] = Fate.CUT_BY_TOPK
     alive = np.flatnonzero(fates == Fate.KEPT)
-    if semantics.topk is not None and semantics.topk_unit == "anchors":
-        alive = _best_rows(semantics, scores, rows, alive, fates)
     if semantics.topk is not None and semantics.topk_unit == "pairs":
         fates[alive[semantics.topk :]] = Fate.CUT_BY_TOPK
         alive = alive[: semantics.topk]
@@ -151,7 +157,7 @@ def run(
     hit = found.by >= 0
     by[alive[hit]], iou[alive[hit]] = alive[found.by[hit]], found.iou[hit]
     fates[alive] = found.fates
-    return Fates(rows, labels, values, fates, by, iou)
+    return Fates(rows if ranked is None else ranked[rows], labels, values, fates, by, iou)
 
 
 def mmyolo(nms: Nms) -> Semantics:
@@ -236,8 +242,9 @@ def _passing(semantics: Semantics, scores: np.ndarray) -> tuple[np.ndarray, np.n
         return flat, values[flat], fates
     # They go by their index, behind the others: no more than the cap lets through can matter.
     room = len(values) if semantics.candidate_cap is None else semantics.candidate_cap
+    seen = len(values) if semantics.topk is None or semantics.topk_unit == "pairs" else semantics.topk * classes
     over[flat[fates == Fate.BACKGROUND]] = False
-    lower = np.flatnonzero(~over)[:room]
+    lower = np.flatnonzero(~over[:seen])[:room]
     flat = np.sort(np.concatenate([flat[fates == Fate.KEPT], lower]))
     floored = np.where(over[flat], values[flat], scores.dtype.type(semantics.floor))
     return flat, floored, np.full(len(flat), Fate.KEPT, np.int8)
@@ -268,19 +275,6 @@ def _by_falling(values: np.ndarray) -> np.ndarray:
     placed = keys.astype(np.int64) << 32 | np.arange(len(values))
     placed.sort()
     return placed & 0xFFFFFFFF
-
-
-def _best_rows(
-    semantics: Semantics, scores: np.ndarray, rows: np.ndarray, alive: np.ndarray, fates: np.ndarray
-) -> np.ndarray:
-    """Cuts the pairs of rows that TopK over the rows does not take."""
-    best = scores.max(1)
-    index = np.arange(len(best))
-    taken = np.zeros(len(best), bool)
-    taken[_falling(best, index, semantics.ties)[: semantics.topk]] = True
-    cut = ~taken[rows[alive]]
-    fates[alive[cut]] = Fate.CUT_BY_TOPK
-    return alive[~cut]
 
 
 def _for_nms(

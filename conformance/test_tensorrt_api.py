@@ -20,6 +20,7 @@ import alignment
 from alignment.engine import build, capabilities, log
 from alignment.engine.build import BuildOptions, cached_engine
 from alignment.engine.capabilities import BEHIND, Capabilities, Gpu
+from alignment.engine.int8 import CalibrationImages
 from alignment.engine.log import Log, Message, warnings_of
 from alignment.errors import AlignError
 from alignment.variant import golden_dir
@@ -78,7 +79,7 @@ def test_names_exist_or_are_guarded(path: Path):
 
 def test_uses_are_found():
     assert {path.name for path, source in SOURCES.items() if imports_tensorrt(ast.parse(source))} == {
-        *("build.py", "capabilities.py", "execute.py", "log.py", "tensorrt.py")
+        *("build.py", "capabilities.py", "execute.py", "inspect.py", "int8.py", "log.py", "tensorrt.py")
     }
     names = {use.name for source in SOURCES.values() for use in uses(source, OPAQUE)}
     expected = {"Builder.build_serialized_network", "BuilderFlag.TF32", "IBuilderConfig.builder_optimization_level"}
@@ -266,6 +267,10 @@ def test_fingerprint_depends_on_every_field():
         "precision": "tf32",
         "strongly_typed": True,
         "float32_nodes": ("a",),
+        "float16_nodes": ("a",),
+        "ranges": (("a", 1.0),),
+        "calibrator": "minmax",
+        "cache": "TRT-8601-MinMaxCalibration",
         "min_batch": 2,
         "opt_batch": 2,
         "max_batch": 8,
@@ -310,8 +315,10 @@ def built(monkeypatch, tmp_path: Path) -> list[BuildOptions]:
     """A machine that pretends to build engines; the list tells which it built."""
     calls: list[BuildOptions] = []
 
-    def build_engine(path: Path, options: BuildOptions, log: Log) -> bytes:
+    def build_engine(path: Path, options: BuildOptions, log: Log, images: CalibrationImages | None = None) -> bytes:
         calls.append(options)
+        if images:
+            images.cache = f"cache {len(calls)}"
         log.add("WARNING", "a message")
         return f"engine {len(calls)}".encode()
 
@@ -330,6 +337,15 @@ def test_engine_is_built_once(onnx_file, built):
     assert len(built) == 1
     assert first == (b"engine 1", [Message("WARNING", "a message")], False)
     assert again == first._replace(from_cache=True)
+
+
+def test_an_engine_of_other_images_is_another_and_a_kept_one_brings_its_calibration_cache(onnx_file, built):
+    options = BuildOptions(precision="int8", calibrator="minmax")
+    for identity, cache in (("a", "cache 1"), ("b", "cache 2"), ("a", "cache 1")):
+        images = CalibrationImages(identity, lambda: iter(()))
+        cached_engine(onnx_file, options, images)
+        assert images.cache == cache
+    assert len(built) == 2
 
 
 @pytest.mark.parametrize("change", ["options", "file", "version", "gpu", "variable"])

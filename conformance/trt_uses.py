@@ -18,6 +18,7 @@ OBJECTS = {
     "config": "IBuilderConfig",
     "context": "IExecutionContext",
     "engine": "ICudaEngine",
+    "inspector": "EngineInspector",
     "layer": "ILayer",
     "logger": "ILogger",
     "network": "INetworkDefinition",

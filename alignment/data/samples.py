@@ -88,8 +88,13 @@ def images_mend(variant: Variant) -> str:
     return "give --data DIR or set ALIGN_DATA" if variant.dataset == "coco" else "set ALIGN_DATA"
 
 
-def open_samples(variant: Variant, data: Path | None = None, limit: int | None = None) -> Samples:
-    """The variant's validation images, the first `limit` of them.  Raises AlignError when there are none."""
+def open_samples(
+    variant: Variant, data: Path | None = None, limit: int | None = None, split: str = "val2017"
+) -> Samples:
+    """The images of one `split` of the variant's dataset, the first `limit` of them; DOTA's tiles are of no split.
+
+    Raises AlignError when there are none.
+    """
     root = dataset_root(variant, data)
     if root is None:
         raise AlignError(
@@ -97,4 +102,4 @@ def open_samples(variant: Variant, data: Path | None = None, limit: int | None =
         )
     if variant.dataset == "dota":
         return Samples(variant, open_dota(root, limit))
-    return Samples(variant, CocoDataset.open(root, "val2017", limit))
+    return Samples(variant, CocoDataset.open(root, split, limit))

@@ -17,14 +17,15 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from alignment.engine.capabilities import Capabilities, gpu, require
+from alignment.engine.int8 import CalibrationImages, CalibratorKind, make_calibrator, set_ranges
 from alignment.engine.log import Log, Message, listening
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.storage import cache_dir, locked, writing
 
 # Raise it when the same options come to mean another engine: cached ones are then left alone.
-RECIPE = 1
-PRECISIONS = ("fp32", "tf32", "fp16")
+RECIPE = 2
+PRECISIONS = ("fp32", "tf32", "fp16", "int8")
 LEVELS = range(0, 6)
 # Variables that change what TensorRT builds; they belong to an engine's identity.
 NO_CUBLAS = "ALIGN_TRT_NO_CUBLAS"
@@ -36,11 +37,16 @@ class BuildOptions:
     """How to build an engine.
 
     Attributes:
-        precision: ``fp32`` (TF32 off, which TensorRT leaves on by itself), ``tf32``, or ``fp16`` (with TF32 off).
+        precision: ``fp32`` (TF32 off, which TensorRT leaves on by itself), ``tf32``, ``fp16`` (with TF32 off), or
+            ``int8``, which allows float16 too: of a graph with QDQ nodes, or with `ranges` or a `calibrator`.
         strongly_typed: every type is the graph's own, so that ``fp16`` asks for a float16 graph; without it TensorRT
             chooses between float16 and float32 layer by layer, until 10.x.
-        float32_nodes: names of ONNX nodes that ``fp16`` leaves in float32; not with strongly typed networks, whose
-            graph says so itself.
+        float32_nodes: names of ONNX nodes that ``fp16`` and ``int8`` leave in float32; not with strongly typed
+            networks, whose graph says so itself.
+        float16_nodes: names of ONNX nodes that ``int8`` leaves in float16.
+        ranges: the largest magnitude of tensors, by TensorRT's name.
+        calibrator: the one of TensorRT's that finds the ranges; empty for none.
+        cache: text of a calibration cache, which the calibrator takes in place of images.
         min_batch: smallest batch, for a graph whose batch axis is dynamic; as are the next two.
         opt_batch: the batch that TensorRT tunes for.
         max_batch: largest batch.
@@ -51,9 +57,13 @@ class BuildOptions:
             the engine is not quite the one that is deployed.
     """
 
-    precision: Literal["fp32", "tf32", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "fp16", "int8"] = "fp32"
     strongly_typed: bool = False
     float32_nodes: tuple[str, ...] = ()
+    float16_nodes: tuple[str, ...] = ()
+    ranges: tuple[tuple[str, float], ...] = ()
+    calibrator: Literal["", CalibratorKind] = ""
+    cache: str = ""
     min_batch: int = 1
     opt_batch: int = 1
     max_batch: int = 1
@@ -101,11 +111,11 @@ def build_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
 
 
-def cached_engine(onnx_path: Path, options: BuildOptions) -> Engine:
+def cached_engine(onnx_path: Path, options: BuildOptions, images: CalibrationImages | None = None) -> Engine:
     """The engine of `onnx_path`, from the cache or built now.
 
-    Its key is the content of the ONNX file and of the weight files that it names, the options, the build variables,
-    TensorRT's version and the GPU.  A second process waits for the first.
+    Its key is the content of the ONNX file and of the weight files that it names, the options, the `images` that a
+    calibrator reads, the build variables, TensorRT's version and the GPU.  A second process waits for the first.
 
     Raises:
         AlignError: TensorRT cannot run here, or cannot build it.
@@ -115,18 +125,24 @@ def cached_engine(onnx_path: Path, options: BuildOptions) -> Engine:
     key = {
         "onnx": [file_digest(path) for path in [onnx_path, *_weight_files(onnx_path)]],
         "options": options.fingerprint(),
+        "images": images.identity if images else "",
         "environment": build_environment(),
         "tensorrt": Capabilities.current().version,
         "gpu": [device.name, device.compute_capability],
     }
     path = cache_dir() / "engines" / f"{_hash(key)[:32]}.engine"
-    messages = path.with_suffix(".json")
+    messages, table = path.with_suffix(".json"), path.with_suffix(".calibration")
     with locked(path):
-        if path.is_file() and messages.is_file():
+        if path.is_file() and messages.is_file() and (images is None or table.is_file()):
+            if images:
+                images.cache = table.read_text(encoding="utf-8")
             kept = [Message(*message) for message in json.loads(messages.read_text(encoding="utf-8"))]
             return Engine(path.read_bytes(), kept, True)
         log = Log()
-        plan = build_engine(onnx_path, options, log)
+        plan = build_engine(onnx_path, options, log, images)
+        if images:
+            with writing(table) as temporary:
+                temporary.write_text(images.cache, encoding="utf-8")
         with writing(messages) as temporary:
             temporary.write_text(json.dumps(log.messages), encoding="utf-8")
         with writing(path) as temporary:
@@ -134,13 +150,14 @@ def cached_engine(onnx_path: Path, options: BuildOptions) -> Engine:
     return Engine(plan, log.messages, False)
 
 
-def build_engine(onnx_path: Path, options: BuildOptions, log: Log) -> bytes:
+def build_engine(onnx_path: Path, options: BuildOptions, log: Log, images: CalibrationImages | None = None) -> bytes:
     """Builds an engine on the GPU, now.
 
     Args:
         onnx_path: a graph of which at most the batch axis is dynamic.
         options: see `BuildOptions`.
         log: receives TensorRT's messages, also when the build fails.
+        images: what `BuildOptions.calibrator` reads; receives the cache that it writes.
 
     Returns:
         The serialized engine.
@@ -166,12 +183,14 @@ def build_engine(onnx_path: Path, options: BuildOptions, log: Log) -> bytes:
             _require_float16(onnx_path)
         _mark_outputs(network, options.layers_as_outputs, onnx_path)
         config = _configure(builder, options, ability)
-        _keep_float32(network, config, options.float32_nodes, onnx_path, ability)
+        _bind(network, config, options, onnx_path, ability)
         _add_profile(builder, network, config, options, onnx_path)
+        calibrator = _add_int8(builder, network, config, options, images, log)  # lives until the build is done
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             mend = _mend(" ".join(log.errors(last=20)), ability)
             raise AlignError(f"{onnx_path}: TensorRT {ability.version} cannot build it: {_last(log)}", mend)
+        del calibrator
         return bytes(plan)
 
 
@@ -194,6 +213,7 @@ def _configure(builder: Any, options: BuildOptions, ability: Capabilities) -> An
 
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the engine inspector can tell
     if ability.has_optimization_level:
         config.builder_optimization_level = options.optimization_level
     if ability.has_tf32_flag:
@@ -201,13 +221,15 @@ def _configure(builder: Any, options: BuildOptions, ability: Capabilities) -> An
             config.set_flag(trt.BuilderFlag.TF32)
         else:
             config.clear_flag(trt.BuilderFlag.TF32)
-    if options.precision == "fp16" and not options.strongly_typed:
-        if not ability.has_fp16_flag:
+    if options.precision in ("fp16", "int8") and not options.strongly_typed:
+        if not (ability.has_fp16_flag and ability.has_int8_flag):
             raise AlignError(
-                f"TensorRT {ability.version} has no fp16 flag",
-                "convert the ONNX file to float16 and build it strongly typed",
+                f"TensorRT {ability.version} has no {options.precision} flag",
+                "convert the ONNX file to float16, or give it QDQ nodes, and build it strongly typed",
             )
         config.set_flag(trt.BuilderFlag.FP16)
+        if options.precision == "int8":
+            config.set_flag(trt.BuilderFlag.INT8)
     if ability.has_cublas_tactic_sources and os.environ.get(NO_CUBLAS) == "1":
         config.set_tactic_sources(0)
     return config
@@ -230,6 +252,29 @@ def _add_profile(builder: Any, network: Any, config: Any, options: BuildOptions,
         dynamic = True
     if dynamic and config.add_optimization_profile(profile) < 0:
         raise AlignError(f"{path}: TensorRT refuses the batch profile {batches}", "give other batch sizes")
+
+
+def _add_int8(
+    builder: Any, network: Any, config: Any, options: BuildOptions, images: CalibrationImages | None, log: Log
+) -> Any:
+    """Ranges or a calibrator, where they are asked for; returns the calibrator."""
+    ability = Capabilities.current()
+    if options.ranges:
+        without = set_ranges(network, dict(options.ranges), ability)
+        if without:
+            log.add("WARNING", f"missing scale: {len(without)} tensors have no range, {', '.join(without[:3])}, ...")
+    if not options.calibrator:
+        return None
+    calibrator = make_calibrator(options.calibrator, images, options.cache, ability)
+    if ability.has_calibrators:
+        config.int8_calibrator = calibrator
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            one = tuple(1 if size < 0 else int(size) for size in tensor.shape)
+            profile.set_shape(tensor.name, one, one, one)
+        config.set_calibration_profile(profile)
+    return calibrator
 
 
 def _mark_outputs(network: Any, names: tuple[str, ...], path: Path) -> None:
@@ -262,9 +307,10 @@ def _require_float16(path: Path) -> None:
         )
 
 
-def _keep_float32(network: Any, config: Any, nodes: tuple[str, ...], path: Path, ability: Capabilities) -> None:
-    """Binds the layers of the named ONNX nodes to float32."""
-    if not nodes:
+def _bind(network: Any, config: Any, options: BuildOptions, path: Path, ability: Capabilities) -> None:
+    """Binds the layers of the named ONNX nodes to float32 or float16."""
+    bound = {**dict.fromkeys(options.float16_nodes, "half"), **dict.fromkeys(options.float32_nodes, "float")}
+    if not bound:
         return
     import tensorrt as trt
 
@@ -272,19 +318,20 @@ def _keep_float32(network: Any, config: Any, nodes: tuple[str, ...], path: Path,
         raise AlignError(
             f"TensorRT {ability.version} takes no precision for a layer", "build a float16 graph, strongly typed"
         )
-    made = {
-        name
-        for node in onnx.load(path, load_external_data=False).graph.node
-        if node.name in nodes
-        for name in node.output
-    }
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    made = {name: bound[node.name] for node in nodes if node.name in bound for name in node.output}
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        for number, tensor in enumerate(outputs):
+        for number in range(layer.num_outputs):
+            tensor = layer.get_output(number)
             # The parser may make several layers of a node; the last has the node's output, and often its name.
-            if (tensor.name in made or layer.name in nodes) and tensor.dtype == trt.DataType.FLOAT:
+            kind = made.get(tensor.name) or bound.get(layer.name)
+            if kind is None or tensor.dtype != trt.DataType.FLOAT:
+                continue
+            if kind == "half":
+                layer.precision = trt.DataType.HALF
+            else:
                 layer.precision = trt.DataType.FLOAT
                 layer.set_output_type(number, trt.DataType.FLOAT)
 

@@ -26,6 +26,7 @@ BEHIND = {
     "DataType.INT64": "has_int64",
     "IBuilderConfig.builder_optimization_level": "has_optimization_level",
     "IBuilderConfig.int8_calibrator": "has_calibrators",
+    "IBuilderConfig.set_calibration_profile": "has_calibrators",
     "IInt8EntropyCalibrator": "has_calibrators",
     "IInt8EntropyCalibrator2": "has_calibrators",
     "IInt8LegacyCalibrator": "has_calibrators",

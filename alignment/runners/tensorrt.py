@@ -10,6 +10,8 @@ import numpy as np
 
 from alignment.engine.build import BuildOptions, build_environment, cached_engine, cuda_context
 from alignment.engine.capabilities import Capabilities, gpu
+from alignment.engine.inspect import EngineLayer, layers_of
+from alignment.engine.int8 import CalibrationImages
 from alignment.engine.log import Log, listening, warnings_of
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
@@ -25,12 +27,13 @@ class TensorRTRunner(Runner):
     Args:
         onnx_path: a graph with one image input, ``[B, 3, H, W]``.
         options: how to build it.
+        images: what `BuildOptions.calibrator` reads.
 
     Raises:
         AlignError: TensorRT cannot run here, or cannot build or load the engine.
     """
 
-    def __init__(self, onnx_path: Path, options: BuildOptions) -> None:
+    def __init__(self, onnx_path: Path, options: BuildOptions, images: CalibrationImages | None = None) -> None:
         self._path = onnx_path
         self._log = Log()
         self._runtime: Any = None
@@ -40,7 +43,7 @@ class TensorRTRunner(Runner):
         self._outputs: dict[str, np.dtype] = {}
         self._buffers: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
-        plan, messages, from_cache = cached_engine(onnx_path, options)
+        plan, messages, from_cache = cached_engine(onnx_path, options, images)
         try:
             self._load(plan)
         except BaseException:
@@ -83,6 +86,11 @@ class TensorRTRunner(Runner):
                 if index >= warmup:
                     times.append(float(start.time_till(end)))
         return times
+
+    def layers(self) -> list[EngineLayer]:
+        """What the engine is made of."""
+        with cuda_context(), listening(self._log):
+            return layers_of(self._engine)
 
     def close(self) -> None:
         """Frees engine, buffers and stream; the runner cannot run any more."""
@@ -250,7 +258,10 @@ class TensorRTRunner(Runner):
             "build": {
                 "precision": options.precision,
                 "tf32": options.precision == "tf32",
-                "fp16": options.precision == "fp16",
+                "fp16": options.precision in ("fp16", "int8"),
+                "int8": options.precision == "int8",
+                "ranges": len(options.ranges),
+                "calibrator": options.calibrator,
                 "float32_nodes": len(options.float32_nodes),
                 "strongly_typed": options.strongly_typed or Capabilities.current().always_strongly_typed,
                 "optimization_level": options.optimization_level,

@@ -1,4 +1,4 @@
-"""``align``: run, table, export, layers, explain, variants, doctor, synthetic.
+"""``align``: run, table, export, quantize, layers, explain, variants, doctor, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -29,9 +29,10 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from alignment.case import ROUTES
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult, Explanation
-from alignment.variant import Variant, golden_dir, load_variant, resized, zoo
+from alignment.variant import Variant, golden_dir, load_variant, resized, with_quantization, zoo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 out = Console(highlight=False, soft_wrap=True)
@@ -69,7 +70,8 @@ def run(
         list[str] | None, typer.Argument(help="names or YAML files; default: the embedded ones")
     ] = None,
     backend: Annotated[str, typer.Option(help="comma-separated")] = "torch,onnxruntime,tensorrt",
-    precision: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, fp16")] = "fp32",
+    precision: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, fp16, int8")] = "fp32",
+    route: Annotated[str, typer.Option(help="of int8, comma-separated; default: all")] = ",".join(ROUTES),
     data: Data = None,
     images: Images = None,
     size: Size = None,
@@ -91,7 +93,7 @@ def run(
 
     folder = golden or golden_dir()
     chosen = [_sized(v, size) for v in (map(load_variant, variants) if variants else embedded())]
-    plan = [(v, cases_of(v, _split(backend), _split(precision))) for v in chosen]
+    plan = [(v, cases_of(v, _split(backend), _split(precision), _split(route))) for v in chosen]
     with tempfile.TemporaryDirectory(prefix="align-run-") as staging:
         how = RunOptions(golden=folder, out=Path(staging), records=records, batch=batch)
         options = session.SessionOptions(data, images, how)
@@ -155,6 +157,41 @@ def export(
     for note in end_in_nms(model.onnx, head, topk) if head else ():
         out.print(note, markup=False)
     out.print(f"wrote {model.onnx}\nwrote {model.node_map}", markup=False)
+
+
+@app.command()
+@_reported
+def quantize(
+    variant: str,
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for the QDQ graph, ranges, cache and scales")],
+    method: Annotated[
+        str | None, typer.Option(help="of activations; default: the variant's own, as are the others")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="of weights: minmax or mse")] = None,
+    policy: Annotated[str | None, typer.Option(help="where quantizers go: tensorrt, conv-only or full")] = None,
+    keep_float: Annotated[
+        list[str] | None, typer.Option(help="ONNX node, with wildcards, that stays float; repeatable")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images that go through ONNX Runtime at once")] = 1,
+    data: Data = None,
+) -> None:
+    """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
+    from alignment.quantize import recipe
+
+    asked = {"method": method, "weights": weights, "policy": policy, "keep_float": keep_float, "images": images}
+    chosen = with_quantization(load_variant(variant), {k: v for k, v in asked.items() if v is not None})
+    total = len(recipe.calibration_samples(chosen, data))
+    with _progress(chosen.name) as show:
+        found = recipe.quantize(chosen, data, batch, lambda done: show(done, total))
+    counts = found.placement
+    for path in found.save(out_dir, chosen.name):
+        out.print(f"wrote {path}", markup=False)
+    out.print(
+        f"{len(counts.weights)} nodes in int8, {len(counts.activations)} quantizers, {len(counts.float_nodes)} nodes "
+        f"bound to float, {len(found.ranges)} ranges from {found.calibration.images} images",
+        markup=False,
+    )
 
 
 @app.command()

@@ -201,6 +201,9 @@ def explain_records(reference: Path, subject: Path, golden: Path, progress: Prog
         AlignError: for records that cannot be read, or are not of one variant and one set of images.
     """
     one, other = Record.load(reference), Record.load(subject)
+    for path, record in ((reference, one), (subject, other)):
+        if record.compact:
+            raise AlignError(f"{path}: an int8 record holds detections alone", "give records of fp32 or fp16")
     if one.identity != other.identity or one.digests != other.digests:
         raise AlignError(
             f"{reference} and {subject}: other weights, settings or images", "give two records of one variant"

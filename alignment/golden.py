@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,8 +14,12 @@ from alignment.errors import AlignError
 from alignment.results import CaseResult
 from alignment.storage import locked, writing
 
-Quantity = Literal["raw", "boxes", "angles", "scores", "agreement", "delta_ap"]
-RATES: tuple[Quantity, ...] = ("agreement", "delta_ap")
+Quantity = Literal[
+    "raw", "boxes", "angles", "scores", "agreement", "agreement_ap", "delta_ap", "twin_agreement_ap", "twin_delta_ap"
+]
+#: Those that are a minimum; the others are a maximum.
+MINIMA: tuple[Quantity, ...] = ("agreement", "agreement_ap", "twin_agreement_ap")
+RATES: tuple[Quantity, ...] = (*MINIMA, "delta_ap", "twin_delta_ap")
 #: Tolerance = measured error × FACTOR: other CPUs and library builds sum in another order.
 #: Where nothing differs at all, one detection in a thousand may, by a score on the other side of a threshold.
 FACTOR = 3.0
@@ -31,7 +35,7 @@ class _Strict(BaseModel):
 
 
 class Tolerance(_Strict):
-    """One limit: a maximum for errors, a minimum for ``agreement``."""
+    """One limit: a minimum for the quantities of `MINIMA`, a maximum for the others."""
 
     value: Annotated[float, Field(ge=0)]
     origin: str
@@ -73,10 +77,19 @@ class Golden(_Strict):
 #: For a case that nobody measured yet.  fp32: half a float32 rounding per layer of a deep network, generously.
 #: fp16: about twice the largest that ONNX Runtime showed on 12 models, 48 or 64 images each: raw 2.2, boxes 43 px (of
 #: candidates that are no detections), angles 0.015, scores 0.054, agreement 0.994, AP 0.0014.
+#: int8: single values move by whole steps, so that only detections are held to limits.  The twin computes the same
+#: graph, but rounding to steps is not continuous.
 DEFAULTS: dict[str, dict[Quantity, float]] = {
     "fp32": {"raw": 0.01, "boxes": 0.02, "angles": 0.001, "scores": 1e-4, "agreement": 0.999, "delta_ap": 0.0005},
     "tf32": {"raw": 1.0, "boxes": 16.0, "angles": 0.2, "scores": 0.05, "agreement": 0.98, "delta_ap": 0.002},
     "fp16": {"raw": 5.0, "boxes": 100.0, "angles": 0.05, "scores": 0.1, "agreement": 0.98, "delta_ap": 0.003},
+    "int8": {
+        "agreement": 0.6,
+        "agreement_ap": 0.9,
+        "delta_ap": 0.01,
+        "twin_agreement_ap": 0.95,
+        "twin_delta_ap": 0.005,
+    },
 }
 
 
@@ -111,7 +124,7 @@ def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int |
             found.tolerances.update(layer[case.id].tolerances)
             found.ap = layer[case.id].ap or found.ap
     if images and found.ap and images < found.ap.images:
-        for name in RATES:
+        for name in (rate for rate in RATES if rate in found.tolerances):
             value = _on_fewer(name, found.tolerances[name].value, defaults[name], found.ap.images / images)
             origin = f"{found.tolerances[name].origin}; widened: {images} of the {found.ap.images} measured images"
             found.tolerances[name] = Tolerance(value=value, origin=origin)
@@ -120,7 +133,7 @@ def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int |
 
 def _on_fewer(name: Quantity, measured: float, default: float, ratio: float) -> float:
     """A rate's limit where `ratio` times as many images were measured."""
-    if name == "agreement":
+    if name in MINIMA:
         return max(0.0, min(default, 1 - (1 - measured) * ratio))
     return max(default, measured * ratio)
 
@@ -176,7 +189,7 @@ def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> Golde
     compared = max((t.referee_images for t in tensors), default=0) if result.reference == "float64" else result.images
     values = {c.name: c.value for stage in result.stages for c in stage.checks}
     tolerances: dict[Quantity, Tolerance] = {}
-    for name in DEFAULTS["fp32"]:
+    for name in get_args(Quantity):
         if name in values:
             limit, how = _limit(name, values[name])
             over = f"{compared} images" if compared else "the referee's images"
@@ -194,11 +207,11 @@ def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> Golde
 
 def _limit(name: Quantity, value: float) -> tuple[float, str]:
     """The limit that follows from a measured value, and how."""
-    if name == "agreement":
+    if name in MINIMA:
         return max(0.0, round(1 - max(FACTOR * (1 - value), MIN_LOSS), 5)), (
             f"measured {value:.5g}, loss × {FACTOR:g}, >= {MIN_LOSS}"
         )
-    if name == "delta_ap":
+    if name in RATES:
         return float(
             f"{max(FACTOR * value, MIN_DELTA_AP):.2g}"
         ), f"measured {value:.2g} × {FACTOR:g}, >= {MIN_DELTA_AP}"

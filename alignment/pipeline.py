@@ -13,12 +13,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from alignment.case import Case, reference_of
-from alignment.compare.coco_map import coco_ap
+from alignment.case import Case, reference_of, twin_of
+from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import SCORE, Agreement, agree
 from alignment.compare.measure import Measured, TensorErrors, count_agreement
 from alignment.compare.verdict import first_difference, judge, wrong_side
-from alignment.data.coco import read_image
+from alignment.data.coco import CocoDataset, read_image
 from alignment.data.samples import Sample, Samples
 from alignment.golden import limits, read_golden
 from alignment.models.onnx_heads import require_plausible
@@ -106,14 +106,17 @@ def align_live(
     """
     options = options or RunOptions()
     clock = [time.perf_counter()]
-    wanted = {case: None for case in [reference_of(variant), *cases]}
+    twins = [twin for case in cases if (twin := twin_of(case))]
+    wanted = dict.fromkeys([reference_of(variant), *cases, *twins])
+    root = samples.dataset.root
     with ExitStack() as opened:
-        sides = [_Side(case, opened.enter_context(open_runner(variant, case, options.batch))) for case in wanted]
+        sides = [_Side(case, opened.enter_context(open_runner(variant, case, options.batch, root))) for case in wanted]
         reference = sides[0]
         if options.records:
             identity = record_identity(variant, reference.runner)
             for side in sides:
-                side.record = Record(side.case.id, identity)
+                known = identity | quantized_identity(variant, side.case)
+                side.record = Record(side.case.id, known, compact=side.case.precision == "int8")
         referee = Referee.open(variant, reference.runner)
         clock.append(time.perf_counter())
         _run_images(variant, sides, referee, samples, options, progress)
@@ -130,6 +133,11 @@ def record_identity(variant: Variant, reference: Runner) -> dict[str, str]:
     """What a record depends on; a record with another identity is stale."""
     digest = reference.provenance.get("weights_sha256") or reference.provenance.get("onnx_sha256", "")
     return {"variant_fingerprint": variant.fingerprint(), "weights_sha256": str(digest)}
+
+
+def quantized_identity(variant: Variant, case: Case) -> dict[str, str]:
+    """What a record of int8 depends on beside that."""
+    return {"quantization": variant.quantization.fingerprint()} if case.precision == "int8" else {}
 
 
 def _run_images(
@@ -170,9 +178,10 @@ def _judge_sides(
 ) -> list[CaseResult]:
     reference = sides[0]
     golden = read_golden(options.golden, variant.name)
-    scores = [coco_ap(samples.dataset, side.detections) for side in sides]
+    by_case = {side.case: side for side in sides}
+    aps = {side.case: coco_ap(samples.dataset, side.detections) for side in sides}
     results: list[CaseResult] = []
-    for side, (ap, ap50) in zip(sides, scores, strict=True):
+    for side in sides:
         is_reference = side is reference
         others = referee.detections if is_reference and referee.detections else reference.detections
         agreements = {i: agree(other, side.detections[i]) for i, other in others.items()}
@@ -182,7 +191,7 @@ def _judge_sides(
             tensors=side.errors.results(),
             matched=matched,
             total=total,
-            scores=Scores(reference_ap=None if is_reference else scores[0][0], subject_ap=ap, subject_ap50=ap50),
+            scores=_scores(side, None if is_reference else reference, by_case, aps, samples.dataset),
             notes=_notes(variant, is_reference and not referee.detections),
         )
         held_to = limits(golden, side.case, side.runner.provenance, len(samples))
@@ -218,6 +227,26 @@ def _judge_sides(
     return results
 
 
+def _scores(
+    side: _Side,
+    reference: _Side | None,
+    by_case: dict[Case, _Side],
+    aps: dict[Case, tuple[float, float]],
+    dataset: CocoDataset,
+) -> Scores:
+    ap, ap50 = aps[side.case]
+    found = Scores(subject_ap=ap, subject_ap50=ap50)
+    if reference is None:
+        return found
+    found.reference_ap = aps[reference.case][0]
+    if side.case.precision == "int8":
+        found.agreement_ap = agreement_ap(dataset, reference.detections, side.detections)
+    if case := twin_of(side.case):
+        found.twin, found.twin_ap = case.id, aps[case][0]
+        found.twin_agreement_ap = agreement_ap(dataset, by_case[case].detections, side.detections)
+    return found
+
+
 def _notes(variant: Variant, judges_itself: bool) -> dict[StageName, str]:
     """Which stages have nothing to compare, and why."""
     notes: dict[StageName, str] = {"detections": "this is the reference"} if judges_itself else {}
@@ -241,6 +270,10 @@ def explain(result: CaseResult) -> str:
         ]
         if "agreement" in values:
             parts.append(f"agreement {values['agreement'].value:.4f}")
+        if result.scores and result.scores.agreement_ap is not None:
+            parts.append(f"AP against the reference's detections {result.scores.agreement_ap:.4f}")
+        if result.scores and result.scores.twin_agreement_ap is not None:
+            parts.append(f"against {result.scores.twin} {result.scores.twin_agreement_ap:.4f}")
         if result.scores:
             parts.append(f"AP {result.scores.subject_ap:.4f}")
         return ", ".join(parts)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from alignment.case import BACKENDS, PRECISIONS, Case, cases_of
+from alignment.case import BACKENDS, PRECISIONS, ROUTES, Case, cases_of
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
 from alignment.variant import Variant, golden_dir, load_variant, zoo
@@ -23,13 +23,14 @@ from alignment.variant import Variant, golden_dir, load_variant, zoo
 MARKERS = {
     "fp32_alignment": "torch, ONNX Runtime and TensorRT give the same answers in FP32",
     "fp16_alignment": "ONNX Runtime and TensorRT in FP16 find what torch finds in FP32",
+    "int8_alignment": "INT8 finds what torch finds in FP32, by every route, and each backend computes the same graph",
     "nms": "post-processing: what each implementation keeps, and why they differ",
     "topk": "which candidates a TopK lets through, and what its limit costs",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
     "real_data": "needs the real checkpoints and images below ALIGN_DATA",
 }
 #: The precisions of the cases for which a test with such a marker is repeated.
-MARKED = {"fp32_alignment": ("fp32",), "fp16_alignment": ("fp16",)}
+MARKED = {"fp32_alignment": ("fp32",), "fp16_alignment": ("fp16",), "int8_alignment": ("int8",)}
 _STORE = pytest.StashKey["Store"]()
 _SELECTED = pytest.StashKey[dict[str, list[Case]]]()
 _PARTS = pytest.StashKey[list[str]]()
@@ -135,9 +136,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[_SELECTED] = {name: sorted(cases, key=_order) for name, cases in selected.items()}
 
 
-def _order(case: Case) -> tuple[int, int]:
+def _order(case: Case) -> tuple[int, int, int]:
     """As `cases_of` orders them."""
-    return BACKENDS.index(case.backend), PRECISIONS.index(case.precision)
+    route = ROUTES.index(case.route) if case.route else 0
+    return BACKENDS.index(case.backend), PRECISIONS.index(case.precision), route
 
 
 @pytest.fixture(scope="session")

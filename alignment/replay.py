@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment.case import Case, reference_of
-from alignment.compare.coco_map import coco_ap
+from alignment.case import Case, reference_of, twin_of
+from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import agree
 from alignment.compare.measure import UNITS, Measured, comparable, count_agreement, split_angles
 from alignment.compare.tensors import ErrorAccumulator
@@ -16,7 +16,7 @@ from alignment.data.samples import Samples
 from alignment.errors import AlignError
 from alignment.golden import limits, read_golden
 from alignment.models.outputs import ENDS_IN_NMS
-from alignment.pipeline import explain
+from alignment.pipeline import explain, quantized_identity
 from alignment.results import CaseResult, Scores, TensorResult
 from alignment.runners.record import STEPS, Candidates, Record, record_path
 from alignment.variant import Variant
@@ -42,7 +42,7 @@ def replay(variant: Variant, case: Case, golden: Path, samples: Samples | None) 
     path = record_path(golden / "records", case.id)
     record = Record.load(path)
     reference = Record.load(record_path(golden / "records", reference_of(variant).id))
-    _refuse_stale(record, reference, variant, path)
+    _refuse_stale(record, reference, variant, case, path)
     recorded = record.result
     if recorded is None:
         raise AlignError(f"{path}: holds no result", "make the record again")
@@ -54,8 +54,7 @@ def replay(variant: Variant, case: Case, golden: Path, samples: Samples | None) 
         measured.notes.update({"raw": ENDS_IN_NMS, "decoded": ENDS_IN_NMS})
     if samples is not None and images:
         measured.inputs = _equal_inputs(record, samples, images)
-        ours, theirs = (coco_ap(samples.dataset, {i: r.detections[i] for i in images}) for r in (record, reference))
-        measured.scores = Scores(reference_ap=theirs[0], subject_ap=ours[0], subject_ap50=ours[1])
+        measured.scores = _scores(record, reference, _twin(case, golden), samples, images)
     else:
         measured.notes["input"] = "no images here: give --data to check the bytes that went in"
         measured.notes["map"] = _recorded_ap(recorded)
@@ -77,14 +76,34 @@ def replay(variant: Variant, case: Case, golden: Path, samples: Samples | None) 
     return result
 
 
-def _refuse_stale(record: Record, reference: Record, variant: Variant, path: Path) -> None:
+def _twin(case: Case, golden: Path) -> Record | None:
+    twin = twin_of(case)
+    return Record.load(record_path(golden / "records", twin.id)) if twin and has_record(golden, twin) else None
+
+
+def _scores(record: Record, reference: Record, twin: Record | None, samples: Samples, images: list[int]) -> Scores:
+    ours, theirs = ({i: r.detections[i] for i in images} for r in (record, reference))
+    ap, ap50 = coco_ap(samples.dataset, ours)
+    found = Scores(reference_ap=coco_ap(samples.dataset, theirs)[0], subject_ap=ap, subject_ap50=ap50)
+    if "quantization" in record.identity:
+        found.agreement_ap = agreement_ap(samples.dataset, theirs, ours)
+    if twin is not None:
+        others = {i: twin.detections[i] for i in images}
+        found.twin, found.twin_ap = twin.case, coco_ap(samples.dataset, others)[0]
+        found.twin_agreement_ap = agreement_ap(samples.dataset, others, ours)
+    return found
+
+
+def _refuse_stale(record: Record, reference: Record, variant: Variant, case: Case, path: Path) -> None:
     mend = "make the record again: align run VARIANT --backend torch,tensorrt --records DIR"
-    if record.identity != reference.identity:
+    if any(record.identity[key] != value for key, value in reference.identity.items()):
         raise AlignError(f"{path}: made with other weights than the record of its reference", mend)
     if list(record.digests) != list(reference.digests):
         raise AlignError(f"{path}: of other images than the record of its reference", mend)
     if record.identity["variant_fingerprint"] != variant.fingerprint():
         raise AlignError(f"{path}: stale: the variant's YAML changed since", mend)
+    if any(record.identity.get(key) != value for key, value in quantized_identity(variant, case).items()):
+        raise AlignError(f"{path}: stale: `quantization` in the variant's YAML changed since", mend)
     if variant.weights.is_file():
         from alignment.export.onnx_export import file_digest
 
@@ -97,6 +116,9 @@ def _measure(record: Record, reference: Record, recorded: CaseResult, images: li
     streamed = [t for s in recorded.stages for t in s.tensors]
     measured = Measured(tensors=[*streamed, *_recomputed(record, reference, images)], matched=matched, total=total)
     measured.notes["raw"] = "error statistics as measured where the record was made; a record cannot recheck them"
+    if record.compact:
+        measured.notes["decoded"] = "statistics as recorded: an int8 record holds detections alone"
+        return measured
     measured.notes["decoded"] = (
         "statistics over all images as recorded; all candidates of score >= 0.001 and the full tensors of "
         f"{len(record.full)} images rechecked here"
@@ -107,7 +129,7 @@ def _measure(record: Record, reference: Record, recorded: CaseResult, images: li
 def _recomputed(record: Record, reference: Record, images: list[int]) -> list[TensorResult]:
     full = {name: ErrorAccumulator() for name in UNITS}
     candidates = {name: ErrorAccumulator() for name in UNITS}
-    for image in images:
+    for image in images if not record.compact else ():
         ours, theirs = _shared(record.candidates[image], reference.candidates[image])
         others = _named(theirs.boxes, theirs.scores)
         for name, a in _named(ours.boxes, ours.scores).items():

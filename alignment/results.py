@@ -100,11 +100,19 @@ class WorstImage(_Model):
 
 
 class Scores(_Model):
-    """COCO AP of both sides, 0..1; `subject_ap50` at IoU 0.5."""
+    """COCO AP of both sides, 0..1; `subject_ap50` at IoU 0.5.
+
+    `agreement_ap` is the subject's AP with the reference's detections of score >= 0.3 as truth.  `twin` is the case
+    that computes the same graph node by node, where there is one.
+    """
 
     reference_ap: float | None = None
     subject_ap: float
     subject_ap50: float
+    agreement_ap: float | None = None
+    twin: str | None = None
+    twin_ap: float | None = None
+    twin_agreement_ap: float | None = None
 
 
 class Timing(_Model):

@@ -10,20 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from alignment.errors import AlignError
+from alignment.onnx_head import DecodedHead, End2EndHead, OnnxHead, Strict, YoloHead, Yolov5RawHead, YoloxHead, settled
 from alignment.storage import data_dir
 
 ZOO = Path(__file__).parent / "zoo"
-Positive = Annotated[float, Field(gt=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MMYoloSource(_Strict):
+class MMYoloSource(Strict):
     """An mmyolo config with a checkpoint.
 
     `config` is a path inside mmyolo's own ``configs`` folder, or a file (relative to the YAML file); `options` are
@@ -38,98 +34,7 @@ class MMYoloSource(_Strict):
     imports: list[str] = []
 
 
-class _ScoredHead(_Strict):
-    """`scores_activation` says what is left to do: ``sigmoid`` where the graph gives logits, objectness included."""
-
-    scores_activation: Literal["none", "sigmoid"] = "none"
-
-
-class DecodedHead(_ScoredHead):
-    """Two outputs: `boxes` [B, N, 4] in pixels of the network input, or [B, N, 5] (cx, cy, w, h, angle) where the
-    variant is rotated, and `scores` [B, N, C].
-
-    `transposed`: the scores are [B, C, N]; without it their shape tells.
-    """
-
-    layout: Literal["decoded"]
-    boxes: str = "boxes"
-    scores: str = "scores"
-    box_format: Literal["xyxy", "cxcywh"] = "xyxy"
-    transposed: bool | None = None
-
-
-class YoloxHead(_ScoredHead):
-    """One undecoded output [B, N, 5 + C] (cx, cy, w, h, objectness, classes): the centre as offset from the cell, the
-    size as logarithm, both in units of the stride."""
-
-    layout: Literal["yolox"]
-    output: str | None = None
-    strides: list[Annotated[int, Field(gt=0)]] = [8, 16, 32]
-
-
-class YoloHead(_ScoredHead):
-    """One output with decoded boxes in pixels of the network input.
-
-    ``yolov5``: [B, N, 5 + C] (box, objectness, classes).  ``yolov8``: [B, 4 + C, N] (box, classes); where the variant
-    is rotated [B, 4 + C + 1, N], the angle last.  `transposed`: the rows lie along the last axis, as YOLOv8 has them;
-    without it the shape tells.
-    """
-
-    layout: Literal["yolov5", "yolov8"]
-    output: str | None = None
-    box_format: Literal["xyxy", "cxcywh"] = "cxcywh"
-    transposed: bool | None = None
-
-
-class Yolov5RawHead(_Strict):
-    """A logit map for each stride: [B, A, H, W, 5 + C] or [B, A * (5 + C), H, W].
-
-    `anchors`: a list for each stride, of (width, height) in pixels; the flat lists of Ultralytics' YAML will do.
-    """
-
-    layout: Literal["yolov5_raw"]
-    strides: list[Annotated[int, Field(gt=0)]] = [8, 16, 32]
-    anchors: list[Annotated[list[tuple[Positive, Positive]], Field(min_length=1)]]
-
-    @field_validator("anchors", mode="before")
-    @classmethod
-    def _pair(cls, anchors: Any) -> Any:
-        def pairs(level: Any) -> Any:
-            flat = isinstance(level, list) and all(isinstance(size, int | float) for size in level)
-            return [level[i : i + 2] for i in range(0, len(level), 2)] if flat else level
-
-        return [pairs(level) for level in anchors] if isinstance(anchors, list) else anchors
-
-    @field_validator("anchors")
-    @classmethod
-    def _a_list_for_each_stride(cls, anchors: list[Any], info: ValidationInfo) -> list[Any]:
-        strides = info.data.get("strides")
-        if strides and len(anchors) != len(strides):
-            raise ValueError(f"anchors of {len(anchors)} levels, but strides {strides}")
-        return anchors
-
-
-class End2EndHead(_Strict):
-    """The graph ends in NMS; boxes are x1, y1, x2, y2 in pixels of the network input.
-
-    Either one `output`: [B, K, 6] (box, score, label), or [n, 7] (batch index, box, label, score).  Or, as
-    EfficientNMS_TRT has them, `count` [B, 1], `boxes` [B, K, 4], `scores` and `labels` [B, K].  A graph that does not
-    count has ``count: null``; one whose boxes are [B, K, 5], the score last, needs no `scores`.  Rows beyond the count
-    and rows of score 0 are padding.
-    """
-
-    layout: Literal["end2end"]
-    output: str | None = None
-    count: str | None = "num_dets"
-    boxes: str = "boxes"
-    scores: str = "scores"
-    labels: str = "labels"
-
-
-OnnxHead = DecodedHead | YoloxHead | YoloHead | Yolov5RawHead | End2EndHead
-
-
-class OnnxSource(_Strict):
+class OnnxSource(Strict):
     """A bare ONNX file; torch is then absent from the comparison.  `head` says how its outputs become boxes."""
 
     kind: Literal["onnx"]
@@ -137,14 +42,14 @@ class OnnxSource(_Strict):
     head: Annotated[OnnxHead, Field(discriminator="layout")]
 
 
-class InputSize(_Strict):
+class InputSize(Strict):
     """The one input of a deployed engine, in pixels."""
 
     height: Annotated[int, Field(ge=32, multiple_of=32)]
     width: Annotated[int, Field(ge=32, multiple_of=32)]
 
 
-class Preprocess(_Strict):
+class Preprocess(Strict):
     """From a BGR uint8 image to the network's input.
 
     `resize`: ``letterbox`` (mmyolo: keep ratio, padding on both sides), ``letterbox_top_left`` (mmdet and YOLOX: keep
@@ -160,7 +65,7 @@ class Preprocess(_Strict):
     std: tuple[float, float, float] = (255.0, 255.0, 255.0)
 
 
-class Nms(_Strict):
+class Nms(Strict):
     """Post-processing as mmyolo's ``test_cfg`` says it."""
 
     score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.001
@@ -170,13 +75,34 @@ class Nms(_Strict):
     multi_label: bool = True
 
 
-class Variant(_Strict):
+class Quantization(Strict):
+    """The recipe by which a variant goes to int8.
+
+    `method` turns an activation's values into a range, `weights` those of a weight's channel; see
+    `alignment.quantize.observers`.  `policy` says where quantizers go, see `alignment.quantize.placement`;
+    `keep_float` are names of ONNX nodes, with wildcards, that stay float beside those that the policy leaves.
+    `images` are calibrated on, the first of ``train2017``.
+    """
+
+    method: Literal["minmax", "moving_average", "percentile", "histogram", "entropy", "mse"] = "mse"
+    weights: Literal["minmax", "mse"] = "minmax"
+    policy: Literal["tensorrt", "conv-only", "full"] = "tensorrt"
+    keep_float: list[str] = []
+    images: Annotated[int, Field(gt=0)] = 64
+
+    def fingerprint(self) -> str:
+        """16 hex digits over all that the recipe says; a field counts where it is not at its default."""
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Variant(Strict):
     """One detector to be deployed.  See `load_variant`.
 
     `boxes` are ``horizontal`` (x1, y1, x2, y2) or ``rotated`` (cx, cy, w, h, angle in radians).  `dataset` says on
     which images it is scored: ``coco`` and ``dota`` are looked for below ``ALIGN_DATA``, the synthetic ones are drawn.
     `float32_nodes` are names of ONNX nodes, with wildcards, that FP16 leaves in float32 beside those that decode: the
-    mend for values that float16 cannot hold.
+    mend for values that float16 cannot hold.  `quantization` says how it goes to int8.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
@@ -187,6 +113,7 @@ class Variant(_Strict):
     boxes: Literal["horizontal", "rotated"] = "horizontal"
     nms: Nms = Nms()
     float32_nodes: list[str] = []
+    quantization: Quantization = Quantization()
     dataset: Literal["coco", "synthetic", "dota", "synthetic_rotated"] = "coco"
     notes: str = ""
 
@@ -248,8 +175,8 @@ class Variant(_Strict):
         return self.dataset.startswith("synthetic")
 
     def fingerprint(self) -> str:
-        """16 hex digits over everything that can change the model's answers, the weights excepted."""
-        fields = self.model_dump(mode="json", exclude={"name", "notes", "dataset"})
+        """16 hex digits over everything that can change the model's answers in float, the weights excepted."""
+        fields = self.model_dump(mode="json", exclude={"name", "notes", "dataset", "quantization"})
         if not self.rotated:
             del fields["boxes"]
         if not self.float32_nodes:
@@ -258,7 +185,7 @@ class Variant(_Strict):
         for key in ("checkpoint", "file"):
             source.pop(key, None)
         if isinstance(self.source, OnnxSource):
-            source["head"] = _settled(self.source.head)
+            source["head"] = settled(self.source.head)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -319,6 +246,17 @@ def resized(variant: Variant, height: int, width: int) -> Variant:
     return variant.model_copy(update={"name": f"{variant.name}_{height}x{width}", "input": size})
 
 
+def with_quantization(variant: Variant, changes: dict[str, Any]) -> Variant:
+    """The variant with other fields in its recipe.  Raises AlignError naming the field and what it allows."""
+    try:
+        recipe = Quantization.model_validate({**variant.quantization.model_dump(), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise AlignError(f"{name} {first.get('input')!r}: {first['msg']}", f"choose another {name}") from None
+    return variant.model_copy(update={"quantization": recipe})
+
+
 def _path(text: Any, folder: Path) -> Path:
     """Expands ``${ALIGN_DATA}`` (which has a default), ``${GOLDEN}`` and other environment variables."""
     known = {"ALIGN_DATA": str(data_dir().absolute()), "GOLDEN": str(golden_dir())}
@@ -330,17 +268,6 @@ def _path(text: Any, folder: Path) -> Path:
         return known.get(name) or os.environ[name]
 
     return folder / re.sub(r"\$\{(\w+)\}", value, str(text))
-
-
-def _settled(head: OnnxHead) -> dict[str, Any]:
-    """The fields of a head that its fingerprint is of.
-
-    A field counts where it is not at its default: a record outlives a field that is added.  Those of `common` count
-    always, with these values where a layout lacks them.
-    """
-    common = {"boxes": "boxes", "scores": "scores", "box_format": "xyxy", "output": None, "strides": [8, 16, 32]}
-    present = head.model_dump(mode="json", include=set(common))
-    return {**common, **present, **head.model_dump(mode="json", exclude_defaults=True)}
 
 
 _TAGS: dict[Any, type[BaseModel]] = {

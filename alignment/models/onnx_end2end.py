@@ -7,7 +7,8 @@ import numpy as np
 from alignment.errors import AlignError
 from alignment.models.onnx_heads import Named, head_of, output_named, shapes_of
 from alignment.nms.multiclass import Detections
-from alignment.variant import End2EndHead, Variant
+from alignment.onnx_head import End2EndHead
+from alignment.variant import Variant
 
 #: One image: boxes ``[K, 4]``, scores ``[K]``, labels ``[K]`` and which of them are no padding ``[K]``.
 _Table = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

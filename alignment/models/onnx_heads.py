@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from alignment.errors import AlignError
-from alignment.variant import DecodedHead, OnnxHead, OnnxSource, Variant, YoloHead, Yolov5RawHead, YoloxHead
+from alignment.onnx_head import DecodedHead, OnnxHead, YoloHead, Yolov5RawHead, YoloxHead
+from alignment.variant import OnnxSource, Variant
 
 Named = dict[str, np.ndarray]
 

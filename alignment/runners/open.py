@@ -6,30 +6,47 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.case import Case
+from alignment.engine.build import BuildOptions
 from alignment.export.float16 import float16_model, float32_nodes
 from alignment.export.onnx_export import exported
 from alignment.runners.base import Runner
 from alignment.variant import OnnxSource, Variant
 
 
-def open_runner(variant: Variant, case: Case, batch: int = 1) -> Runner:
-    """Loads the model of `variant` into the backend of `case`; exports it first where that is needed.
+def open_runner(variant: Variant, case: Case, batch: int = 1, data: Path | None = None) -> Runner:
+    """Loads the model of `variant` into the backend of `case`; exports and quantizes it first where that is needed.
 
     Args:
         variant: whose model.
-        case: names backend and precision.
+        case: names backend, precision and route.
         batch: the number of images at once that a backend is to be prepared for.
+        data: root of the dataset whose training images int8 is calibrated on; default: the variant's own.
 
     Raises:
         AlignError: when the model cannot be loaded, or the backend is not on this machine.
     """
+    if case.precision == "int8":
+        from alignment.runners.int8 import open_int8
+
+        return open_int8(variant, case, batch, data)
     if case.backend == "torch":
         from alignment.runners.torch import TorchRunner
 
         return TorchRunner(variant)
-    path = exported(variant).onnx
-    keep = float32_nodes(path, variant.float32_nodes) if case.precision == "fp16" else ()
+    path, keep = _float_model(variant, case)
     return open_model(path, case, batch, keep)
+
+
+def tensorrt_float(variant: Variant, case: Case, batch: int = 1) -> tuple[Path, BuildOptions]:
+    """What TensorRT is given for a case of another precision than int8."""
+    path, keep = _float_model(variant, case)
+    return _tensorrt_options(path, case, batch, keep)
+
+
+def _float_model(variant: Variant, case: Case) -> tuple[Path, Sequence[str]]:
+    """The float32 graph, and the nodes that stay float32 in FP16."""
+    path = exported(variant).onnx
+    return path, float32_nodes(path, variant.float32_nodes) if case.precision == "fp16" else ()
 
 
 def open_model(path: Path, case: Case, batch: int = 1, keep: Sequence[str] = ()) -> Runner:
@@ -42,9 +59,13 @@ def open_model(path: Path, case: Case, batch: int = 1, keep: Sequence[str] = ())
         from alignment.runners.onnxruntime import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(float16_model(path, False, keep) if case.precision == "fp16" else path)
-    from alignment.engine.build import BuildOptions
-    from alignment.engine.capabilities import Capabilities
     from alignment.runners.tensorrt import TensorRTRunner
+
+    return TensorRTRunner(*_tensorrt_options(path, case, batch, keep))
+
+
+def _tensorrt_options(path: Path, case: Case, batch: int, keep: Sequence[str]) -> tuple[Path, BuildOptions]:
+    from alignment.engine.capabilities import Capabilities
 
     typed = case.precision == "fp16" and not Capabilities.current().has_fp16_flag
     options = BuildOptions(
@@ -54,7 +75,7 @@ def open_model(path: Path, case: Case, batch: int = 1, keep: Sequence[str] = ())
         opt_batch=batch,
         max_batch=batch,
     )
-    return TensorRTRunner(float16_model(path, keep=keep) if typed else path, options)
+    return float16_model(path, keep=keep) if typed else path, options
 
 
 def open_referee(variant: Variant, reference: Runner) -> Runner | None:

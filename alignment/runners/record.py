@@ -28,6 +28,7 @@ BOX_STEP = 2.0**-10
 ANGLE_STEP = 2.0**-20
 SCORE_STEP = 2.0**-20
 STEPS = {"boxes": BOX_STEP, "angles": ANGLE_STEP, "scores": SCORE_STEP}
+PACKED = {"boxes": 2.0**-4, "angles": 2.0**-12, "scores": 2.0**-16}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Record:
         result: the verdict where the record was made, with its statistics and provenance; None for a reference that
             was not judged itself.
         identity: what the record depends on: variant fingerprint, digest of the weights.
+        compact: holds detections alone, boxes in steps of 1/16 px and scores of 2⁻¹⁶, and not from which rows they are.
     """
 
     case: str
@@ -63,6 +65,7 @@ class Record:
     candidates: dict[int, Candidates] = field(default_factory=dict)
     full: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     result: CaseResult | None = None
+    compact: bool = False
 
     @property
     def rotated(self) -> bool:
@@ -73,6 +76,8 @@ class Record:
         """Adds one image: decoded `boxes` ``[N, 4 or 5]`` and `scores` ``[N, C]``, and its detections."""
         self.digests[image] = digest
         self.detections[image] = detections
+        if self.compact:
+            return
         self.candidates[image] = best_candidates(boxes, scores)
         if len(self.full) < FULL_IMAGES:
             self.full[image] = boxes.astype(np.float32), scores.astype(np.float32)
@@ -82,7 +87,11 @@ class Record:
         arrays: dict[str, np.ndarray] = {}
         images = list(self.digests)
         arrays["images"] = np.array(images, np.int64)
+        if self.compact:
+            arrays |= _packed([self.detections[i] for i in images])
         for name, table in (("detections", self.detections), ("candidates", self.candidates)):
+            if self.compact:
+                continue
             parts = [table[i] for i in images]
             arrays[f"{name}_count"] = np.array([len(p.scores) for p in parts], np.int32)
             for key in ("boxes", "scores", "labels", "rows"):
@@ -98,6 +107,8 @@ class Record:
             "digests": {str(i): d for i, d in self.digests.items()},
             "result": self.result.model_dump(mode="json") if self.result else None,
         }
+        if self.compact:
+            fields["compact"] = True
         path = record_path(folder, self.case)
         with writing(path) as text, writing(path.with_suffix(".npz")) as binary:
             text.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
@@ -120,6 +131,7 @@ class Record:
             with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
                 arrays = dict(stored)
             record = cls(fields["case"], fields["identity"], {int(i): d for i, d in fields["digests"].items()})
+            record.compact = fields.get("compact", False)
             record._fill(arrays, fields["steps"])
             if fields["result"]:
                 record.result = CaseResult.model_validate(fields["result"])
@@ -134,6 +146,9 @@ class Record:
         images = [int(i) for i in arrays["images"]]
         if images != list(self.digests):
             raise ValueError("the two files are of different runs")
+        if self.compact:
+            self.detections.update(zip(images, _unpacked(arrays), strict=True))
+            return
         for name, table, kind in (
             ("detections", self.detections, Detections),
             ("candidates", self.candidates, Candidates),
@@ -148,6 +163,33 @@ class Record:
                 boxes = (stored * _box_steps(steps, stored)).astype(np.float32)
                 scores = (arrays[f"full_{image}_scores"] * steps["scores"]).astype(np.float32)
                 self.full[image] = boxes, scores
+
+
+def _packed(detections: list[Detections]) -> dict[str, np.ndarray]:
+    return {
+        "detections_count": np.array([len(found) for found in detections], np.int32),
+        "detections_boxes": np.concatenate([np.rint(f.boxes / _box_steps(PACKED, f.boxes)) for f in detections]).astype(
+            np.int32
+        ),
+        "detections_scores": np.concatenate([np.rint(f.scores / PACKED["scores"]) for f in detections]).astype(
+            np.int32
+        ),
+        "detections_labels": np.concatenate([f.labels for f in detections]).astype(np.uint16),
+    }
+
+
+def _unpacked(arrays: dict[str, np.ndarray]) -> list[Detections]:
+    ends = np.cumsum(arrays["detections_count"])[:-1]
+    boxes = arrays["detections_boxes"]
+    columns = (
+        (boxes * _box_steps(PACKED, boxes)).astype(np.float32),
+        (arrays["detections_scores"] * PACKED["scores"]).astype(np.float32),
+        arrays["detections_labels"].astype(np.int32),
+        np.full(len(boxes), -1, np.int32),
+    )
+    names = ("boxes", "scores", "labels", "rows")
+    parts = zip(*(np.split(column, ends) for column in columns), strict=True)
+    return [Detections(**dict(zip(names, part, strict=True))) for part in parts]
 
 
 def best_candidates(boxes: np.ndarray, scores: np.ndarray) -> Candidates:

@@ -1,0 +1,206 @@
+"""Calibration: what values every activation tensor of an ONNX graph takes, over some images, in one pass.
+
+The statistics are those of all methods: which of them turns a tensor's values into a range is chosen afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import onnx
+
+from alignment import __version__
+from alignment.data.samples import Samples
+from alignment.errors import AlignError
+from alignment.export.onnx_export import file_digest
+from alignment.layers import mark_outputs
+from alignment.quantize.observers import Statistics, amax_of
+from alignment.runners.base import cpu_threads
+from alignment.storage import locked, writing
+
+#: Images between two writes of what was seen so far.
+SAVE_EVERY = 16
+_THREADS = 2
+
+
+@dataclass
+class Calibration:
+    """Statistics of every activation tensor, and what they were taken from.
+
+    Attributes:
+        identity: graph, images, preprocessing and versions; see `identity_of`.
+        images: how many were seen.
+        tensors: by ONNX tensor name, the input included.
+    """
+
+    identity: dict[str, Any]
+    images: int = 0
+    tensors: dict[str, Statistics] = field(default_factory=dict)
+
+    def amax(self, method: str) -> dict[str, float]:
+        """The largest magnitude that int8 is to represent, of every tensor; 0 for one that was 0 everywhere."""
+        return {name: amax_of(statistics, method) for name, statistics in self.tensors.items()}
+
+    def save(self, path: Path) -> None:
+        """Writes an ``.npz`` that `load` reads."""
+        about = {"identity": self.identity, "images": self.images, "tensors": list(self.tensors)}
+        arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+        for index, statistics in enumerate(self.tensors.values()):
+            arrays |= {f"{index}/{key}": array for key, array in statistics.to_arrays().items()}
+        with writing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Reads what `save` wrote.  Raises AlignError for a file that is missing, truncated or something else."""
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+            about = json.loads(arrays.pop("about").tobytes())
+            parts: dict[int, dict[str, np.ndarray]] = {}
+            for name, array in arrays.items():
+                index, key = name.split("/")
+                parts.setdefault(int(index), {})[key] = array
+            tensors = {name: Statistics.from_arrays(parts[i]) for i, name in enumerate(about["tensors"])}
+            return cls(about["identity"], int(about["images"]), tensors)
+        except OSError as error:
+            raise AlignError(f"{path}: {error.strerror or error}", "calibrate anew") from None
+        except (BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise AlignError(f"{path}: not a calibration: {reason}", "calibrate anew") from None
+
+    def require(self, identity: dict[str, Any], path: Path) -> None:
+        """Raises AlignError naming what is no longer as it was when `path` was written."""
+        for key in {*identity, *self.identity}:
+            if identity.get(key) != self.identity.get(key):
+                raise AlignError(
+                    f"{path}: a calibration of another {key}: {self.identity.get(key)}, now {identity.get(key)}",
+                    "calibrate anew, into another file",
+                )
+
+
+def identity_of(model: Path, samples: Samples) -> dict[str, Any]:
+    """All that a calibration depends on."""
+    import onnxruntime
+
+    variant = samples.variant
+    return {
+        "graph": file_digest(model),
+        "images": f"{samples.dataset.fingerprint}, the first {len(samples)}",
+        "input": variant.input.model_dump_json(),
+        "preprocess": variant.preprocess.model_dump_json(),
+        "onnxruntime": onnxruntime.__version__,
+        "alignment": __version__,
+    }
+
+
+def activations(model: onnx.ModelProto) -> list[str]:
+    """The float32 tensors that depend on the graph's input, the input first, in the order of the graph."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    known = [*inferred.value_info, *inferred.output, *inferred.input]
+    floats = {value.name for value in known if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    weights = {weight.name for weight in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in weights]
+    moving = set(names)
+    for node in model.graph.node:
+        if not moving.isdisjoint(node.input):
+            moving.update(node.output)
+            names += node.output
+    return [name for name in names if name in floats]
+
+
+def calibrate(
+    model: Path,
+    samples: Samples,
+    path: Path,
+    batch: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Calibration:
+    """Runs images through a graph in ONNX Runtime and keeps the statistics of every activation tensor.
+
+    What was seen is written every `SAVE_EVERY` images, so that an interrupted calibration goes on where it was.
+
+    Args:
+        model: a float32 ONNX file with one image input.
+        samples: the images.
+        path: ``.npz`` of the calibration; one that is there is completed, or returned as it is.
+        batch: images at once; the statistics are the same for any number.
+        progress: called with the number of images done.
+
+    Raises:
+        AlignError: for a file of another graph, other images or another version; for values that are not finite.
+    """
+    identity = identity_of(model, samples)
+    with locked(path):
+        found = Calibration(identity)
+        if path.is_file():
+            found = Calibration.load(path)
+            found.require(identity, path)
+        if found.images < len(samples):
+            _observe(model, samples, found, batch, progress, path)
+    return found
+
+
+def _observe(
+    model: Path,
+    samples: Samples,
+    found: Calibration,
+    batch: int,
+    progress: Callable[[int], None] | None,
+    path: Path,
+) -> None:
+    graph = onnx.load(model)
+    names = activations(graph)
+    image, *others = names
+    session = _session(mark_outputs(graph, others), model)
+    todo = samples.dataset.images[found.images :]
+    saved = found.images
+    with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(1) as ahead:
+
+        def loaded(start: int) -> np.ndarray:
+            return np.stack([samples.load(entry).tensor for entry in todo[start : start + batch]])
+
+        following = ahead.submit(loaded, 0)
+        for start in range(0, len(todo), batch):
+            tensor = following.result()
+            if start + batch < len(todo):
+                following = ahead.submit(loaded, start + batch)
+            outputs = session.run(others, {image: tensor})
+            # Big ones first: the threads then end together.
+            values = sorted(zip(names, [tensor, *outputs], strict=True), key=lambda one: -one[1].size)
+            for name in names:
+                found.tensors.setdefault(name, Statistics())
+            list(pool.map(lambda one: _add(found.tensors[one[0]], one[0], one[1]), values))
+            found.images += len(tensor)
+            if found.images - saved >= SAVE_EVERY or found.images == len(samples):
+                found.save(path)
+                saved = found.images
+            if progress:
+                progress(found.images)
+
+
+def _add(statistics: Statistics, name: str, values: np.ndarray) -> None:
+    try:
+        statistics.add(values)
+    except ValueError as error:
+        raise AlignError(f"tensor {name}: {error}", "run `align layers` on this model: it finds the node") from None
+
+
+def _session(model: onnx.ModelProto, path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = cpu_threads() or 0
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has one exception type for each status code
+        reason = " ".join(str(error).split())[:240]
+        raise AlignError(f"{path}: ONNX Runtime cannot load it: {reason}", "export it again") from None

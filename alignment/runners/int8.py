@@ -1,0 +1,111 @@
+"""Opens the runner of an int8 case: one calibration, one placement, by whatever route."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from alignment.case import Case
+from alignment.engine.build import BuildOptions
+from alignment.engine.int8 import CalibrationImages, CalibratorKind
+from alignment.errors import AlignError
+from alignment.export.float16 import float32_nodes
+from alignment.quantize.recipe import Quantized, calibration_samples, quantize, quantized_file
+from alignment.runners.base import Runner
+from alignment.variant import Variant
+
+#: The calibrator of each route that has one; ``implicit`` gives it our ranges as a cache in place of images.
+CALIBRATORS: dict[str, CalibratorKind] = {
+    "implicit": "entropy2",
+    "implicit_entropy2": "entropy2",
+    "implicit_minmax": "minmax",
+    "implicit_legacy": "legacy",
+}
+
+
+class TensorRTBuild(NamedTuple):
+    """What `TensorRTRunner` takes: a graph, how to build it, and what its calibrator reads."""
+
+    path: Path
+    options: BuildOptions
+    images: CalibrationImages | None
+
+
+def open_int8(variant: Variant, case: Case, batch: int = 1, data: Path | None = None) -> Runner:
+    """Quantizes `variant` by its own recipe, and loads it by the route of `case`.
+
+    Args:
+        variant: whose model.
+        case: of precision int8.
+        batch: the number of images at once that a backend is to be prepared for.
+        data: root of the dataset whose training images are calibrated on; default: the variant's own.
+
+    Raises:
+        AlignError: for images that are missing, a model that cannot be quantized, a backend that is not here.
+    """
+    quantized = quantize(variant, data)
+    if case.backend == "torch":
+        return _open_torch(variant, quantized)
+    if case.backend == "onnxruntime":
+        from alignment.runners.onnxruntime import OnnxRuntimeRunner
+
+        # Fused int8 kernels saturate on CPUs without VNNI; node by node the graph is what it says.
+        return OnnxRuntimeRunner(quantized_file(quantized.model, variant.name), optimize=False)
+    from alignment.runners.tensorrt import TensorRTRunner
+
+    return TensorRTRunner(*tensorrt_build(variant, case, quantized, batch, data))
+
+
+def _open_torch(variant: Variant, quantized: Quantized) -> Runner:
+    from alignment.quantize.torch_model import quantized_detector
+    from alignment.runners.torch import TorchRunner
+
+    return TorchRunner(variant, detector=quantized_detector(variant, quantized))
+
+
+def tensorrt_build(
+    variant: Variant, case: Case, quantized: Quantized, batch: int = 1, data: Path | None = None
+) -> TensorRTBuild:
+    """What TensorRT is given for an int8 case.
+
+    Raises:
+        AlignError: for a route that this TensorRT does not have.
+    """
+    from alignment.engine.capabilities import Capabilities
+
+    ability = Capabilities.current()
+    if case.route != "qdq" and not ability.has_int8_flag:
+        raise AlignError(f"{case.id}: TensorRT {ability.version} knows int8 from QDQ nodes only", "take the route qdq")
+    explicit = case.route == "qdq"
+    path = quantized_file(quantized.model, variant.name) if explicit else quantized.source
+    decoding = float32_nodes(path, variant.float32_nodes)
+    options = BuildOptions(
+        precision="int8",
+        strongly_typed=not ability.has_int8_flag,
+        float32_nodes=decoding if ability.has_int8_flag else (),
+        # Without Q/DQ nodes nothing in the graph says what stays float: these layers are bound to it.
+        float16_nodes=() if explicit else tuple(n for n in quantized.placement.float_nodes if n not in decoding),
+        ranges=quantized.ranges if case.route == "dynamic_range" else (),
+        calibrator=CALIBRATORS.get(case.route or "", ""),
+        cache=quantized.cache(ability.version) if case.route == "implicit" else "",
+        opt_batch=batch,
+        max_batch=batch,
+    )
+    reads = options.calibrator and not options.cache
+    return TensorRTBuild(path, options, calibration_images(variant, data) if reads else None)
+
+
+def calibration_images(variant: Variant, data: Path | None) -> CalibrationImages:
+    """The images of a variant's recipe, as one of TensorRT's calibrators reads them."""
+    samples = calibration_samples(variant, data)
+
+    def batches() -> Iterator[np.ndarray]:
+        return (sample.tensor[None] for sample in samples)
+
+    parts = [samples.dataset.fingerprint, len(samples), variant.fingerprint()]
+    return CalibrationImages(hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16], batches)

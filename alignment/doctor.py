@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignment.engine import capabilities
+from alignment.session import QUANTIZATION_MEND
 from alignment.storage import cache_dir, data_dir
 from alignment.variant import golden_dir
 
@@ -23,6 +24,7 @@ _PACKAGES = {
     "mmdet": f"pip install '.[mmyolo]' {_HERE}",
     "mmrotate": "for rotated boxes: pip install --no-deps mmrotate==1.0.0rc1",
     "e2cnn": f"for rotated boxes: pip install '.[rotated]' {_HERE}",
+    "pytorch-quantization": f"for int8 in torch: {QUANTIZATION_MEND}",
     "onnx": f"pip install . {_HERE}",
     "onnxruntime": f"pip install . {_HERE}",
     "pycocotools": f"pip install . {_HERE}",

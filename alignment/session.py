@@ -21,6 +21,8 @@ from alignment.replay import has_record, replay
 from alignment.results import Alignment, CaseResult
 from alignment.variant import Variant
 
+#: What brings fake quantization in torch.
+QUANTIZATION_MEND = "pip install absl-py prettytable scipy; pip install --no-deps pytorch-quantization==2.1.3"
 Progress = Callable[[int, int], None]
 
 
@@ -46,7 +48,7 @@ def run_cases(
     why_not_live = unavailable(variant, options.data)
     live, recorded, results = [], [], {}
     for case in cases:
-        reason = why_not_live or (why_no_trt if case.backend == "tensorrt" else None)
+        reason = why_not_live or (why_no_trt if case.backend == "tensorrt" else None) or _lacks(case)
         if reason is None:
             live.append(case)
         elif case.backend == "tensorrt" and has_record(golden, case):
@@ -78,6 +80,13 @@ def run_cases(
             "fingerprint": samples.dataset.fingerprint,
         }
     return ordered, seconds, dataset
+
+
+def _lacks(case: Case) -> str | None:
+    """The package that a case needs and that is not installed."""
+    if case.backend == "torch" and case.precision == "int8" and find_spec("pytorch_quantization") is None:
+        return f"pytorch-quantization is not installed: {QUANTIZATION_MEND}"
+    return None
 
 
 def unavailable(variant: Variant, data: Path | None) -> str | None:

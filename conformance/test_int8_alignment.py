@@ -1,4 +1,4 @@
-"""``pytest -m int8_alignment``: INT8 by every route is held to torch in FP32, and QDQ to the same graph node by node."""
+"""``pytest -m int8_alignment``: INT8 by every route is held to torch in FP32, QDQ also to its graph node by node."""
 
 import pytest
 

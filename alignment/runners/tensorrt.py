@@ -22,7 +22,8 @@ class TensorRTRunner(Runner):
     """An ONNX file as a TensorRT engine, built or taken from the cache.
 
     Several may live in one process: all use the GPU's primary context, each has its stream and its buffers.  A batch
-    above the engine's largest goes through in pieces; one below its smallest is filled up with its last image.
+    above the engine's largest goes through in pieces; one below its smallest is filled up with its last image.  Neither
+    can be where the size of an output depends on the data: its rows are no images.
 
     Args:
         onnx_path: a graph with one image input, ``[B, 3, H, W]``.
@@ -41,8 +42,9 @@ class TensorRTRunner(Runner):
         self._context: Any = None
         self._stream: Any = None
         self._outputs: dict[str, np.dtype] = {}
-        self._buffers: dict[str, Any] = {}
-        self._sizes: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._memory = _Memory()
+        self._allocated: set[str] = set()  # outputs whose size only the data tell
         plan, messages, from_cache = cached_engine(onnx_path, options, images)
         try:
             self._load(plan)
@@ -56,7 +58,8 @@ class TensorRTRunner(Runner):
         """See `Runner.run`.  Float16 outputs come as float32, all others in the engine's own type.
 
         Raises:
-            AlignError: images of another shape than the graph's, or TensorRT cannot run them.
+            AlignError: images of another shape than the graph's, TensorRT cannot run them, or an output without batch
+                axis would have to be joined or cut.
         """
         self._check(batch)
         with cuda_context(), listening(self._log):
@@ -102,10 +105,7 @@ class TensorRTRunner(Runner):
             self._context = None
             self._engine = None
             self._runtime = None
-            for allocation in self._buffers.values():
-                allocation.free()
-            self._buffers.clear()
-            self._sizes.clear()
+            self._memory.free()
             self._stream = None
 
     def _load(self, plan: bytes) -> None:
@@ -175,16 +175,22 @@ class TensorRTRunner(Runner):
         if count < self._min:
             images = np.concatenate([images, np.repeat(images[-1:], self._min - count, axis=0)])
         images = np.ascontiguousarray(images, self._input_dtype)
-        shapes = self._bind(images)
-        cuda.memcpy_htod_async(self._buffers[self._input], images, self._stream)
+        self._bind(images)
+        if self._allocated and count < len(images):
+            raise AlignError(
+                f"{self._path}: the size of output {min(self._allocated)} depends on the data, so a batch of {count} "
+                f"cannot be filled up to {len(images)}",
+                "build with a smaller min batch",
+            )
+        cuda.memcpy_htod_async(self._memory.held[self._input], images, self._stream)
         self._enqueue()
-        outputs = {name: np.empty(shape, self._outputs[name]) for name, shape in shapes.items()}
+        outputs = {name: np.empty(self._shapes[name], dtype) for name, dtype in self._outputs.items()}
         for name, array in outputs.items():
             if array.size:
-                cuda.memcpy_dtoh_async(array, self._buffers[name], self._stream)
+                cuda.memcpy_dtoh_async(array, self._memory.held[name], self._stream)
         self._stream.synchronize()
         for name, array in outputs.items():
-            if array.ndim and len(array) == len(images):
+            if array.ndim and len(array) == len(images) and name not in self._allocated:
                 array = array[:count]
             outputs[name] = array.astype(np.float32) if array.dtype == np.float16 else array
         return outputs
@@ -192,43 +198,41 @@ class TensorRTRunner(Runner):
     def _joined(self, name: str, parts: list[dict[str, np.ndarray]]) -> np.ndarray:
         """One output of all pieces, none of which but the last is smaller than the engine's largest batch."""
         arrays = [part[name] for part in parts]
-        if any(array.ndim == 0 or len(array) != self._max for array in arrays[:-1]):
+        if name in self._allocated or any(array.ndim == 0 or len(array) != self._max for array in arrays[:-1]):
             raise AlignError(
                 f"{self._path}: output {name} has no batch axis, so pieces of {self._max} images cannot be joined",
                 "build with a larger max batch",
             )
         return np.concatenate(arrays)
 
-    def _bind(self, images: np.ndarray) -> dict[str, tuple[int, ...]]:
-        """Tells the engine shapes and addresses; gives the shape of each output."""
+    def _bind(self, images: np.ndarray) -> None:
+        """Tells the engine shapes and addresses, and notes the shape of each output that is known before the run."""
         context = self._context
         if not context.set_input_shape(self._input, tuple(images.shape)):
             raise AlignError(f"{self._path}: TensorRT refuses {list(images.shape)}: {self._said()}", "build it anew")
         self._reserve(self._input, images.nbytes)
-        shapes = {}
         for name, dtype in self._outputs.items():
             shape = tuple(int(size) for size in context.get_tensor_shape(name))
             if min(shape, default=0) < 0:
-                raise AlignError(
-                    f"{self._path}: the size of output {name} {list(shape)} depends on the data",
-                    "pad it in the graph, as EfficientNMS_TRT does",
-                )
-            shapes[name] = shape
+                self._allocate_while_running(name)
+                continue
+            self._shapes[name] = shape
             self._reserve(name, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        return shapes
+
+    def _allocate_while_running(self, name: str) -> None:
+        """Lets TensorRT ask for the memory of an output, and tell its shape, when the data have told them."""
+        context = self._context
+        self._shapes.pop(name, None)
+        if name in self._allocated:
+            return
+        if not context.set_output_allocator(name, _allocator(self._memory, self._shapes)):
+            raise AlignError(f"{self._path}: TensorRT takes no allocator for {name}: {self._said()}", "build it anew")
+        self._allocated.add(name)
 
     def _reserve(self, name: str, size: int) -> None:
-        """Device memory of at least `size` bytes for one tensor; it only grows."""
-        import pycuda.driver as cuda
-
+        """Device memory of at least `size` bytes for one tensor."""
         context = self._context
-        if name in self._buffers and self._sizes[name] >= size:
-            return
-        if name in self._buffers:
-            self._buffers.pop(name).free()
-        self._buffers[name] = cuda.mem_alloc(max(size, 1))
-        self._sizes[name] = size
-        if not context.set_tensor_address(name, int(self._buffers[name])):
+        if not context.set_tensor_address(name, self._memory.reserve(name, size)):
             raise AlignError(f"{self._path}: TensorRT refuses a buffer for {name}: {self._said()}", "build it anew")
 
     def _enqueue(self) -> None:
@@ -271,3 +275,54 @@ class TensorRTRunner(Runner):
                 "environment": build_environment(),
             },
         }
+
+
+class _Memory:
+    """Device memory by tensor; it only grows.
+
+    Attributes:
+        held: ``pycuda.driver.DeviceAllocation`` by name.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
+
+    def reserve(self, name: str, size: int) -> int:
+        """The address of at least `size` bytes; what was in them may be lost."""
+        import pycuda.driver as cuda
+
+        if name not in self.held or self._sizes[name] < size:
+            if name in self.held:
+                self.held.pop(name).free()
+            self.held[name] = cuda.mem_alloc(max(size, 1))
+            self._sizes[name] = size
+        return int(self.held[name])
+
+    def free(self) -> None:
+        """Gives all of it back."""
+        for allocation in self.held.values():
+            allocation.free()
+        self.held.clear()
+        self._sizes.clear()
+
+
+def _allocator(memory: _Memory, shapes: dict[str, tuple[int, ...]]) -> Any:
+    """A ``trt.IOutputAllocator`` that takes memory from `memory` and puts the shape that it is told into `shapes`.
+
+    The bindings from 10 on, which ask for ``reallocate_output_async`` first, fall back to ``reallocate_output`` (their
+    pyCore.cpp).  An allocation that fails is told by TensorRT's own error.
+    """
+    import tensorrt as trt
+
+    class Allocator(trt.IOutputAllocator):
+        def __init__(self) -> None:
+            trt.IOutputAllocator.__init__(self)
+
+        def reallocate_output(self, name: str, address: int, size: int, alignment: int) -> int:
+            return memory.reserve(name, size)
+
+        def notify_shape(self, name: str, shape: Any) -> None:
+            shapes[name] = tuple(shape[axis] for axis in range(len(shape)))
+
+    return Allocator()

@@ -173,17 +173,33 @@ def quantize(
         list[str] | None, typer.Option(help="ONNX node, with wildcards, that stays float; repeatable")
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
+    calibration: Annotated[str | None, typer.Option(help="separate: activations in float; joint: in int8")] = None,
+    rounding: Annotated[str | None, typer.Option(help="of weights: nearest, adaround, or brecq, by blocks")] = None,
+    bias_correction: Annotated[bool | None, typer.Option(help="take mean errors off biases")] = None,
+    equalization: Annotated[bool | None, typer.Option(help="scale channels between convolutions")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images that go through ONNX Runtime at once")] = 1,
     data: Data = None,
 ) -> None:
     """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
     from alignment.quantize import recipe
 
-    asked = {"method": method, "weights": weights, "policy": policy, "keep_float": keep_float, "images": images}
+    asked = {
+        "method": method,
+        "weights": weights,
+        "policy": policy,
+        "keep_float": keep_float,
+        "images": images,
+        "calibration": calibration,
+        "rounding": rounding,
+        "bias_correction": bias_correction,
+        "equalization": equalization,
+    }
     chosen = with_quantization(load_variant(variant), {k: v for k, v in asked.items() if v is not None})
-    total = len(recipe.calibration_samples(chosen, data))
-    with _progress(chosen.name) as show:
-        found = recipe.quantize(chosen, data, batch, lambda done: show(done, total))
+    with _stages(chosen.name) as show:
+        found = recipe.quantize(chosen, data, batch, show)
+    for unit in found.units:
+        if unit.adaround >= unit.nearest:
+            out.print(f"{unit.name}: AdaRound does not lower its error: rounded to nearest", markup=False)
     counts = found.placement
     for path in found.save(out_dir, chosen.name):
         out.print(f"wrote {path}", markup=False)
@@ -425,10 +441,28 @@ class _Rate(ProgressColumn):
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with rate and time left; gives the function that moves it: images done, images in all."""
-    columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=err, transient=True) as bar:
+    with _bar(_Rate()) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _stages(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage; gives the function that moves one: stage, how many done, how many in all."""
+    with _bar() as bar:
+        tasks: dict[str, Any] = {}
+
+        def move(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(f"{name} {stage}", total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield move
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    shown = (BarColumn(), MofNCompleteColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *shown, console=err, transient=True)
 
 
 def _print_results(alignment: Alignment) -> None:

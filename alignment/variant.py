@@ -82,6 +82,10 @@ class Quantization(Strict):
     `alignment.quantize.observers`.  `policy` says where quantizers go, see `alignment.quantize.placement`;
     `keep_float` are names of ONNX nodes, with wildcards, that stay float beside those that the policy leaves.
     `images` are calibrated on, the first of ``train2017``.
+
+    `calibration` ``separate`` takes ranges of activations in the float network, ``joint`` with quantized weights.
+    `rounding` of weights, `bias_correction` and `equalization`: see the modules of these names in
+    `alignment.quantize`.
     """
 
     method: Literal["minmax", "moving_average", "percentile", "histogram", "entropy", "mse"] = "mse"
@@ -89,6 +93,10 @@ class Quantization(Strict):
     policy: Literal["tensorrt", "conv-only", "full"] = "tensorrt"
     keep_float: list[str] = []
     images: Annotated[int, Field(gt=0)] = 64
+    calibration: Literal["separate", "joint"] = "separate"
+    rounding: Literal["nearest", "adaround", "brecq"] = "nearest"
+    bias_correction: bool = False
+    equalization: bool = False
 
     def fingerprint(self) -> str:
         """16 hex digits over all that the recipe says; a field counts where it is not at its default."""

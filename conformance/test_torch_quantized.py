@@ -88,7 +88,7 @@ def test_every_family_finds_what_its_qdq_graph_finds(name):
     variant = small(name)
     quantized = recipe.quantize(variant)
     detector = torch_model.quantized_detector(variant, quantized)
-    runner = OnnxRuntimeRunner(recipe.quantized_file(quantized.model, name), optimize=False)
+    runner = OnnxRuntimeRunner(recipe.graph_file(quantized.model, name), optimize=False)
     matched = total = 0
     for sample in open_samples(variant, limit=6):
         with torch.no_grad():

@@ -32,6 +32,7 @@ class OnnxGraph:
         makers: tensor → the node that makes it.
         readers: tensor → (node, input index) in the order of the graph.
         initializers: by name.
+        outputs: of the graph.
         position: node name → its place in `nodes`.
         precedes_learnt: names of the nodes that a node with learnt weights follows, however far behind.
 
@@ -56,6 +57,7 @@ class OnnxGraph:
             for index, name in enumerate(node.input):
                 self.readers.setdefault(name, []).append((node, index))
         self.initializers = {weight.name: weight for weight in graph.initializer}
+        self.outputs = {value.name for value in graph.output}
         inferred = onnx.shape_inference.infer_shapes(model).graph
         self._types = {v.name: v.type.tensor_type for v in (*inferred.value_info, *inferred.input, *inferred.output)}
         # Tensors that depend on an input of the graph: the others are constants, computed or not.

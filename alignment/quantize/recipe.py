@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from onnx import numpy_helper
 
 from alignment.data.samples import Samples, open_samples
 from alignment.engine.int8 import write_cache
-from alignment.export.onnx_export import exported
+from alignment.export.onnx_export import exported, file_digest
 from alignment.quantize.calibrate import Calibration, calibrate, identity_of
-from alignment.quantize.observers import scale_of, weight_amax
+from alignment.quantize.equalization import equalize
+from alignment.quantize.observers import fake_quantize, scale_of, weight_amax
 from alignment.quantize.placement import Placement, place
 from alignment.quantize.qdq import group_amax, write_qdq
 from alignment.storage import cache_dir, locked, writing
 from alignment.variant import Quantization, Variant
 
+Progress = Callable[[str, int, int], None]
 #: The split that detectors were trained on: scores are taken on the other one.
 SPLIT = "train2017"
 #: TensorRT whose name a calibration cache carries unless another is asked for.
@@ -30,17 +32,27 @@ CACHE_VERSION = "8.6.1"
 
 
 @dataclass(frozen=True)
+class Searched:
+    """Mean squared error of a unit's outputs, weights rounded to nearest, and by AdaRound."""
+
+    name: str
+    nearest: float
+    adaround: float
+
+
+@dataclass(frozen=True)
 class Quantized:
     """A quantized variant.
 
     Attributes:
-        source: the float32 ONNX file.
+        source: the float32 ONNX file, as exported, or equalized and with weights that were searched for.
         model: the same with QDQ nodes.
         placement: where these are.
         amax: largest magnitude of every activation tensor, members of one group alike.
         scales: of the quantized activations, float32.
         weight_scales: ``[C] float32`` of the quantized initializers.
         calibration: what it stands on.
+        units: what AdaRound came to, layer by layer or block by block.
     """
 
     source: Path
@@ -50,6 +62,7 @@ class Quantized:
     scales: dict[str, np.float32]
     weight_scales: dict[str, np.ndarray]
     calibration: Calibration
+    units: tuple[Searched, ...] = ()
 
     @property
     def ranges(self) -> tuple[tuple[str, float], ...]:
@@ -94,6 +107,7 @@ class Quantized:
             "float_nodes": self.placement.float_nodes,
             "activations": activations,
             "weights": weights,
+            "adaround": [asdict(unit) for unit in self.units],
         }
 
 
@@ -108,27 +122,83 @@ def calibration_samples(variant: Variant, data: Path | None = None) -> Samples:
     return open_samples(variant, data, variant.quantization.images, SPLIT)
 
 
-def quantize(
-    variant: Variant,
-    data: Path | None = None,
-    batch: int = 1,
-    progress: Callable[[int], None] | None = None,
-) -> Quantized:
-    """Calibrates where that was not done yet, places quantizers, and writes their scales into the graph.
+def quantize(variant: Variant, data: Path | None = None, batch: int = 1, progress: Progress | None = None) -> Quantized:
+    """Calibrates where that was not done yet, places quantizers, finds weights, and writes all into the graph.
 
     Args:
         variant: to quantize, by its `quantization`.
         data: COCO-layout root, for variants on COCO.
         batch: images that go through ONNX Runtime at once.
-        progress: called with the number of images done.
+        progress: called with what is being done, how many are done, and all.
 
     Raises:
         AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have.
     """
+    recipe = variant.quantization
     source = exported(variant).onnx
+    if recipe.equalization:
+        source = graph_file(equalize(onnx.load(source))[0], f"{variant.name}.equalized")
     samples = calibration_samples(variant, data)
-    path = calibration_path(variant, identity_of(source, samples))
-    return apply(source, variant.quantization, calibrate(source, samples, path, batch, progress))
+    observed = source if recipe.calibration == "separate" else _with_int8_weights(source, variant)
+    path = calibration_path(variant, identity_of(observed, samples))
+    move = (lambda done: progress("calibration", done, len(samples))) if progress else None
+    found = apply(source, recipe, calibrate(observed, samples, path, batch, move))
+    if recipe.rounding == "nearest" and not recipe.bias_correction:
+        return found
+    return _improved(variant, found, samples, progress)
+
+
+def _with_int8_weights(source: Path, variant: Variant) -> Path:
+    """The graph with weights as int8 keeps them, activations in float."""
+    model = onnx.load(source)
+    placement = place(model, variant.quantization.policy, variant.quantization.keep_float)
+    weights = {weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer}
+    values = {}
+    for quantizer in placement.weights:
+        weight = weights[quantizer.initializer]
+        scale = scale_of(weight_amax(weight, quantizer.axis, variant.quantization.weights))
+        values[quantizer.initializer] = fake_quantize(weight, scale, quantizer.axis, -127)
+    return graph_file(with_weights(model, values, {}), f"{variant.name}.weights")
+
+
+def _improved(variant: Variant, found: Quantized, samples: Samples, progress: Progress | None) -> Quantized:
+    """The same with weights and biases that were searched for, once: they are kept in the cache."""
+    from alignment.quantize.reconstruction import improve
+    from alignment.quantize.torch_model import float_detector, quantized_detector
+
+    recipe = variant.quantization
+    key = json.dumps([found.calibration.identity, recipe.fingerprint(), file_digest(found.source)], sort_keys=True)
+    path = cache_dir() / "weights" / f"{variant.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    with locked(path):
+        if not path.is_file():
+            better = improve(
+                float_detector(variant, found.source),
+                quantized_detector(variant, found),
+                lambda: (sample.tensor[None] for sample in samples),
+                len(samples),
+                recipe.rounding,
+                recipe.bias_correction,
+                progress=(lambda done, total: progress(recipe.rounding, done, total)) if progress else None,
+            )
+            units = [[unit.name, unit.nearest, unit.adaround] for unit in better.units]
+            arrays = {f"weights/{name}": value for name, value in better.weights.items()}
+            arrays |= {f"biases/{name}": value for name, value in better.biases.items()}
+            with writing(path) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, units=np.array(json.dumps(units)), **arrays)  # type: ignore[arg-type]
+        with np.load(path) as stored:
+            kept = dict(stored)
+    parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "biases": {}}
+    for name, array in kept.items():
+        kind, _, key = name.partition("/")
+        if key:
+            parts[kind][key] = array
+    model = with_weights(onnx.load(found.source), parts["weights"], parts["biases"])
+    return replace(
+        found,
+        source=graph_file(model, f"{variant.name}.{recipe.rounding}"),
+        model=write_qdq(model, found.placement, found.scales, found.weight_scales),
+        units=tuple(Searched(*unit) for unit in json.loads(str(kept["units"]))),
+    )
 
 
 def apply(source: Path, recipe: Quantization, calibration: Calibration) -> Quantized:
@@ -147,10 +217,29 @@ def apply(source: Path, recipe: Quantization, calibration: Calibration) -> Quant
     return Quantized(source, quantized, placement, amax, scales, weight_scales, calibration)
 
 
-def quantized_file(model: onnx.ModelProto, name: str) -> Path:
-    """A quantized graph as a file: in the cache, named by its content."""
+def with_weights(
+    model: onnx.ModelProto, weights: Mapping[str, np.ndarray], biases: Mapping[str, np.ndarray]
+) -> onnx.ModelProto:
+    """A copy with other values: `weights` by initializer, `biases` by the node that adds them."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for initializer in changed.graph.initializer:
+        if initializer.name in weights:
+            initializer.CopyFrom(numpy_helper.from_array(weights[initializer.name], initializer.name))
+    for node in changed.graph.node:
+        if node.name in biases:
+            # Under a name of its own: nodes may share one.
+            own = f"{node.name}_bias"
+            changed.graph.initializer.append(numpy_helper.from_array(biases[node.name], own))
+            del node.input[2:]
+            node.input.append(own)
+    return changed
+
+
+def graph_file(model: onnx.ModelProto, name: str) -> Path:
+    """A graph as a file: in the cache, named by its content."""
     content = model.SerializeToString(deterministic=True)
-    path = cache_dir() / "quantized" / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.qdq.onnx"
+    path = cache_dir() / "quantized" / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.onnx"
     with locked(path):
         if not path.is_file():
             with writing(path) as temporary:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import absl.logging
 import numpy as np
+import onnx
 import torch
+from onnx import numpy_helper
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
@@ -97,6 +99,7 @@ class QuantizedDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.detector = detector
+        self.initializers = [quantizer.initializer for quantizer in placement.weights]
         self.activations = nn.ModuleList(quantizer_of(scales[q.tensor]) for q in placement.activations)
         self.weights = nn.ModuleList(quantizer_of(weight_scales[q.initializer], q.axis) for q in placement.weights)
         reads = {name: _Reads(name) for name in node_map}
@@ -122,23 +125,24 @@ class QuantizedDetector(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """See `Detector`.  Raises AlignError when the model did not call what the graph says it calls."""
-        with _Quantizing(self) as mode:
+        with Quantizing(self) as mode:
             outputs = self.detector(image)
         mode.require_all()
         return outputs
 
 
-class _Quantizing(TorchFunctionMode):
-    """Quantizes what the functions read, for one forward."""
+class Quantizing(TorchFunctionMode):
+    """Quantizes what the functions read, for one forward of the detector, or of the module `inside` it."""
 
-    def __init__(self, owner: QuantizedDetector) -> None:
+    def __init__(self, owner: QuantizedDetector, inside: str = "") -> None:
         super().__init__()
         self._owner = owner
-        self._paths = {id(module): path for path, module in owner.detector.named_modules()}
+        parts = owner.detector.named_modules() if not inside else _inside(owner.detector, inside)
+        self._paths = {id(module): path for path, module in parts}
         self._stack: list[str] = []
         self._calls: Counter[tuple[str, str]] = Counter()
 
-    def __enter__(self) -> _Quantizing:
+    def __enter__(self) -> Quantizing:
         self._hooks = [
             register_module_forward_pre_hook(self._into),
             register_module_forward_hook(self._out_of, always_call=True),
@@ -197,6 +201,10 @@ class _Quantizing(TorchFunctionMode):
                 )
 
 
+def _inside(detector: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    yield from detector.get_submodule(path).named_modules(prefix=path)
+
+
 def _slices(index: Any) -> int:
     """How many Slice nodes an index becomes."""
     parts = index if isinstance(index, tuple) else (index,)
@@ -224,28 +232,46 @@ def amax_with(scale: np.ndarray) -> np.ndarray:
     return found
 
 
-def quantized_detector(variant: Variant, quantized: Quantized) -> QuantizedDetector:
-    """The torch model of a variant with the fake quantization of its QDQ graph.
+def float_detector(variant: Variant, source: Path) -> Detector:
+    """The fused torch model of a variant with the weights and biases of a graph that stems from its export.
 
     Raises:
-        AlignError: for a bare ONNX file, or a graph that another tool exported.
+        AlignError: for a bare ONNX file.
     """
-    from alignment.export.onnx_export import exported
     from alignment.models.detector import fused
     from alignment.models.mmyolo_source import build_detector
 
-    found = exported(variant)
-    if found.node_map is None:
-        raise AlignError(f"{variant.name}: a bare ONNX file has no torch model", "quantize it on the other backends")
+    detector = fused(build_detector(variant))
+    node_map, model = read_node_map(variant), onnx.load(source)
+    values = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        if "weight" in node_map.get(node.name, {}):
+            module: Any = detector.get_submodule(node_map[node.name]["module"])
+            for parameter, name in zip((module.weight, module.bias), node.input[1:3], strict=False):
+                parameter.data.copy_(torch.from_numpy(numpy_helper.to_array(values[name]).copy()))
+    return detector
+
+
+def quantized_detector(variant: Variant, quantized: Quantized) -> QuantizedDetector:
+    """The torch model of a variant with the weights and the fake quantization of its QDQ graph.
+
+    Raises:
+        AlignError: for a bare ONNX file.
+    """
     return QuantizedDetector(
-        fused(build_detector(variant)),
-        read_node_map(found.node_map),
+        float_detector(variant, quantized.source),
+        read_node_map(variant),
         quantized.placement,
         quantized.scales,
         quantized.weight_scales,
     )
 
 
-def read_node_map(path: Path) -> dict[str, dict[str, str]]:
-    """What export wrote beside the graph."""
+def read_node_map(variant: Variant) -> dict[str, dict[str, str]]:
+    """What export wrote beside the graph.  Raises AlignError for a bare ONNX file."""
+    from alignment.export.onnx_export import exported
+
+    path = exported(variant).node_map
+    if path is None:
+        raise AlignError(f"{variant.name}: a bare ONNX file has no torch model", "round its weights to nearest")
     return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from alignment.engine.build import BuildOptions
 from alignment.engine.int8 import CalibrationImages, CalibratorKind
 from alignment.errors import AlignError
 from alignment.export.float16 import float32_nodes
-from alignment.quantize.recipe import Quantized, calibration_samples, quantize, quantized_file
+from alignment.quantize.recipe import Quantized, calibration_samples, graph_file, quantize
 from alignment.runners.base import Runner
 from alignment.variant import Variant
 
@@ -55,7 +55,7 @@ def open_int8(variant: Variant, case: Case, batch: int = 1, data: Path | None = 
         from alignment.runners.onnxruntime import OnnxRuntimeRunner
 
         # Fused int8 kernels saturate on CPUs without VNNI; node by node the graph is what it says.
-        return OnnxRuntimeRunner(quantized_file(quantized.model, variant.name), optimize=False)
+        return OnnxRuntimeRunner(graph_file(quantized.model, f"{variant.name}.qdq"), optimize=False)
     from alignment.runners.tensorrt import TensorRTRunner
 
     return TensorRTRunner(*tensorrt_build(variant, case, quantized, batch, data))
@@ -82,7 +82,7 @@ def tensorrt_build(
     if case.route != "qdq" and not ability.has_int8_flag:
         raise AlignError(f"{case.id}: TensorRT {ability.version} knows int8 from QDQ nodes only", "take the route qdq")
     explicit = case.route == "qdq"
-    path = quantized_file(quantized.model, variant.name) if explicit else quantized.source
+    path = graph_file(quantized.model, f"{variant.name}.qdq") if explicit else quantized.source
     decoding = float32_nodes(path, variant.float32_nodes)
     options = BuildOptions(
         precision="int8",

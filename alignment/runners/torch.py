@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from alignment.variant import Variant
 
 if TYPE_CHECKING:
     from alignment.models.detector import Detector
+    from alignment.quantize.torch_model import QuantizedDetector
 
 
 class TorchRunner(Runner):
@@ -28,7 +29,10 @@ class TorchRunner(Runner):
     """
 
     def __init__(
-        self, variant: Variant, dtype: Literal["float32", "float64"] = "float32", detector: Detector | None = None
+        self,
+        variant: Variant,
+        dtype: Literal["float32", "float64"] = "float32",
+        detector: Detector | QuantizedDetector | None = None,
     ) -> None:
         import torch
 
@@ -36,7 +40,7 @@ class TorchRunner(Runner):
             from alignment.models.mmyolo_source import build_detector
 
             detector = build_detector(variant)
-        self.detector = detector if dtype == "float32" else copy.deepcopy(detector).double()
+        self.detector: Any = detector if dtype == "float32" else copy.deepcopy(detector).double()
         if threads := cpu_threads():
             torch.set_num_threads(threads)
         self._dtype = getattr(torch, dtype)

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -182,6 +183,7 @@ def quantize(
 ) -> None:
     """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
     from alignment.quantize import recipe
+    from alignment.quantize.trouble import troubles
 
     asked = {
         "method": method,
@@ -197,6 +199,9 @@ def quantize(
     chosen = with_quantization(load_variant(variant), {k: v for k, v in asked.items() if v is not None})
     with _stages(chosen.name) as show:
         found = recipe.quantize(chosen, data, batch, show)
+    known = _modules(chosen)
+    for trouble in troubles(found, known):
+        out.print(f"[yellow]{escape(str(trouble))}[/]")
     for unit in found.units:
         if unit.adaround >= unit.nearest:
             out.print(f"{unit.name}: AdaRound does not lower its error: rounded to nearest", markup=False)
@@ -208,6 +213,14 @@ def quantize(
         f"bound to float, {len(found.ranges)} ranges from {found.calibration.images} images",
         markup=False,
     )
+
+
+def _modules(variant: Variant) -> dict[str, str]:
+    """Torch module of each ONNX node, where a torch model stands behind the variant."""
+    from alignment.export.onnx_export import exported, read_node_map
+
+    node_map = exported(variant).node_map
+    return {} if node_map is None else {name: entry["module"] for name, entry in read_node_map(node_map).items()}
 
 
 @app.command()

@@ -91,6 +91,11 @@ def node_map_path(path: Path) -> Path:
     return path.with_suffix(".node_map.json")
 
 
+def read_node_map(path: Path) -> dict[str, dict[str, str]]:
+    """What export wrote beside a graph; see `alignment.export.node_map`."""
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
 def export(variant: Variant, folder: Path, options: ExportOptions) -> ExportedModel:
     """Writes ``<variant>.onnx`` and ``<variant>.node_map.json`` into `folder`; the ONNX appears last and whole.
 

@@ -44,6 +44,7 @@ class Statistics:
         elements: how many values were seen.
         minimum, maximum: of all values; inf and −inf before the first.
         average: moving average of each image's minimum and maximum.
+        channels: ``[C] float32``, the largest magnitude of each channel of ``[B, C, H, W]``, of others ``[1]``.
         exponent: e.
         counts: ``[2 * BINS] int64``.
     """
@@ -52,6 +53,7 @@ class Statistics:
         self.elements = 0
         self.minimum, self.maximum = math.inf, -math.inf
         self.average: tuple[float, float] | None = None
+        self.channels: np.ndarray | None = None
         self.exponent: int | None = None
         self.counts = np.zeros(2 * BINS, np.int64)
 
@@ -62,12 +64,14 @@ class Statistics:
 
     def add(self, values: np.ndarray) -> None:
         """Adds ``[B, ...] float32``, B images.  Raises ValueError for values that are not finite."""
-        for image in values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1):
+        rows = values.shape[1] if values.ndim == 4 else 1
+        for image in values.reshape(len(values), rows, -1) if values.ndim else values.reshape(1, 1, 1):
             if image.size:
                 self._add_image(image)
 
-    def _add_image(self, values: np.ndarray) -> None:
-        low, high = float(values.min()), float(values.max())
+    def _add_image(self, image: np.ndarray) -> None:
+        lows, highs = image.min(1), image.max(1)
+        low, high = float(lows.min()), float(highs.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("holds values that are not finite")
         if self.average is None:
@@ -76,6 +80,9 @@ class Statistics:
             before_low, before_high = self.average
             self.average = before_low + AVERAGING * (low - before_low), before_high + AVERAGING * (high - before_high)
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        magnitudes = np.maximum(np.abs(lows), np.abs(highs))
+        self.channels = magnitudes if self.channels is None else np.maximum(self.channels, magnitudes)
+        values = image.reshape(-1)
         self.elements += values.size
         if self.amax > 0:
             self._widen(max(math.frexp(self.amax)[1] - int(math.log2(BINS)), _LEAST))
@@ -126,6 +133,7 @@ class Statistics:
             "elements": np.array(self.elements, np.int64),
             "range": np.array([self.minimum, self.maximum]),
             "average": np.array(self.average or []),
+            "channels": np.zeros(0, np.float32) if self.channels is None else self.channels,
             "exponent": np.array(exponent, np.int64),
             "counts": self.counts,
         }
@@ -139,6 +147,7 @@ class Statistics:
         if len(arrays["average"]):
             low, high = map(float, arrays["average"])
             found.average = (low, high)
+        found.channels = arrays["channels"] if len(arrays["channels"]) else None
         found.exponent = int(arrays["exponent"][0]) if len(arrays["exponent"]) else None
         if arrays["counts"].shape != (2 * BINS,):
             raise ValueError(f"a histogram of {arrays['counts'].shape} bins")

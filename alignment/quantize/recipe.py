@@ -174,8 +174,7 @@ def _improved(variant: Variant, found: Quantized, samples: Samples, progress: Pr
             better = improve(
                 float_detector(variant, found.source),
                 quantized_detector(variant, found),
-                lambda: (sample.tensor[None] for sample in samples),
-                len(samples),
+                (sample.tensor[None] for sample in samples),
                 recipe.rounding,
                 recipe.bias_correction,
                 progress=(lambda done, total: progress(recipe.rounding, done, total)) if progress else None,

@@ -1,14 +1,15 @@
 """Better weights for a quantized network: AdaRound over all its layers or blocks, and bias correction.
 
-The network is gone through in passes.  Each takes the next layers in the order of the graph: images go through the
-float and the quantized model side by side, the latter with the weights that were found before, and what these layers
-read and give is sampled.
+The network is gone through in the order of the graph, a unit at a time.  Images go through the float and the quantized
+model up to it, the latter with all that was found before, and the unit's output is brought near to the float one.
+Units that are sampled together each make good for the same errors before them, and the network gets worse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 #: Over all images, how many places of a layer's output are sampled, and how wide a block's samples are.
 PLACES, WINDOW = 2048, 40
-#: How often images go through the network.
-PASSES = 4
+#: How many of the calibration images are used.
+IMAGES = 32
 #: Windows that a block is given at once.
 WINDOWS_AT_ONCE = 4
 Rounding = Literal["nearest", "adaround", "brecq"]
@@ -42,10 +43,8 @@ class _Layer:
     place: int
     act: Callable[[Tensor], Tensor]
     reads: Callable[[Tensor], Tensor]
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
 
-    def take(self, generator: torch.Generator, count: int, read: Tensor, gave: Tensor) -> None:
+    def take(self, generator: torch.Generator, count: int, read: Tensor, gave: Tensor) -> tuple[Tensor, Tensor]:
         """Samples `count` places: windows ``[P, C, k, k]`` of what it reads, ``[P, O, 1, 1]`` of the float output."""
         height, width = gave.shape[2:]
         chosen = torch.randint(height * width, (count,), generator=generator)
@@ -54,8 +53,8 @@ class _Layer:
         (down, right), (kh, kw) = conv.stride, conv.kernel_size
         (pad_y, pad_x) = conv.padding if not isinstance(conv.padding, str) else (0, 0)
         windows = functional.pad(read, (pad_x, pad_x, pad_y, pad_y)).unfold(2, kh, down).unfold(3, kw, right)
-        self.inputs.append(windows[0, :, rows, columns].transpose(0, 1).contiguous())
-        self.outputs.append(gave[0, :, rows, columns].T[:, :, None, None].contiguous())
+        inputs = windows[0, :, rows, columns].transpose(0, 1).contiguous()
+        return inputs, gave[0, :, rows, columns].T[:, :, None, None].contiguous()
 
     def run(self, inputs: Tensor, weight: Tensor) -> Tensor:
         """The convolution of windows, without the activation."""
@@ -86,8 +85,7 @@ class Improved:
 def improve(
     float_model: Detector,
     quantized: QuantizedDetector,
-    images: Callable[[], Iterator[np.ndarray]],
-    count: int,
+    images: Iterable[np.ndarray],
     rounding: Rounding = "adaround",
     correct_bias: bool = False,
     options: Options | None = None,
@@ -98,41 +96,33 @@ def improve(
     Args:
         float_model: fused, not the one inside `quantized`.
         quantized: the same with fake quantization.
-        images: gives ``[1, 3, H, W] float32``, anew at each call.
-        count: of these.
+        images: ``[1, 3, H, W] float32``; the first `IMAGES` are used.
         rounding: ``adaround`` layer by layer, ``brecq`` block by block where a block keeps the size of its input.
         correct_bias: whether the mean error of each output channel is taken off its bias, afterwards.
         options: of the optimization.
         progress: called with the number of units done, and all.
     """
     options = options or Options()
+    scene = _Scene(
+        float_model, quantized, [torch.from_numpy(i) for i in itertools.islice(images, IMAGES)], options.seed
+    )
     layers = list(_layers(quantized))
-    blocks = _blocks(quantized, layers, images) if rounding == "brecq" else {}
+    blocks = _blocks(quantized, layers, scene.images[0]) if rounding == "brecq" else {}
     order = _in_units(layers, blocks)
     weights: dict[str, np.ndarray] = {}
     biases: dict[str, np.ndarray] = {}
     done: list[Reconstruction] = []
-    for part in np.array_split(np.arange(len(order)), min(PASSES, len(order))):
-        chosen = [order[i] for i in part]
-        windows = _sample(float_model, quantized, chosen, blocks, images, -(-PLACES // count), options.seed)
-        for path, members in chosen:
-            if rounding != "nearest":
-                unit = (
-                    _block_unit(quantized, path, members, windows[path]) if path else _layer_unit(quantized, *members)
-                )
-                settings = replace(options, batch=WINDOWS_AT_ONCE) if path else options
-                done.append(reconstruct(unit, settings))
-                for layer in members:
-                    layer.module.weight.data.copy_(done[-1].weights[layer.initializer])
-                    weights[layer.initializer] = layer.module.weight.detach().numpy().copy()
-            for layer in members if correct_bias else ():
-                _correct(quantized, layer)
-                assert layer.module.bias is not None
-                biases[layer.node] = layer.module.bias.detach().numpy().copy()
+    for number, (path, members) in enumerate(order):
+        if rounding != "nearest":
+            unit = _block_unit(scene, path, members) if path else _layer_unit(scene, members[0])
+            done.append(reconstruct(unit, replace(options, batch=WINDOWS_AT_ONCE) if path else options))
             for layer in members:
-                layer.inputs, layer.outputs = [], []
-            if progress:
-                progress(len(done) if rounding != "nearest" else len(biases), len(order))
+                layer.module.weight.data.copy_(done[-1].weights[layer.initializer])
+                weights[layer.initializer] = layer.module.weight.detach().numpy().copy()
+        for layer in members if correct_bias else ():
+            biases[layer.node] = _correct(scene, layer)
+        if progress:
+            progress(number + 1, len(order))
     return Improved(weights, biases, tuple(done))
 
 
@@ -157,9 +147,7 @@ def _same(values: Tensor) -> Tensor:
     return values
 
 
-def _blocks(
-    owner: QuantizedDetector, layers: Sequence[_Layer], images: Callable[[], Iterator[np.ndarray]]
-) -> dict[str, list[_Layer]]:
+def _blocks(owner: QuantizedDetector, layers: Sequence[_Layer], image: Tensor) -> dict[str, list[_Layer]]:
     """Outermost modules that join branches themselves, read one tensor, and give one of the same height and width."""
     joins = sorted({path for path, op in owner._plan if op in ("Add", "Concat") and path}, key=len)
     fits = []
@@ -175,7 +163,7 @@ def _blocks(
 
     handles = [modules[path].register_forward_hook(look(path)) for path in joins]
     with torch.no_grad():
-        owner.detector(torch.from_numpy(next(images())))
+        owner.detector(image)
     for handle in handles:
         handle.remove()
     once = [path for path in joins if fits.count(path) == 1]
@@ -194,44 +182,71 @@ def _in_units(layers: Sequence[_Layer], blocks: dict[str, list[_Layer]]) -> list
     return list(units.values())
 
 
-def _sample(
-    float_model: Detector,
-    owner: QuantizedDetector,
-    units: Sequence[tuple[str, list[_Layer]]],
-    blocks: dict[str, list[_Layer]],
-    images: Callable[[], Iterator[np.ndarray]],
-    places: int,
-    seed: int,
-) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Fills the layers' samples, and gives those of blocks: windows of what it reads quantized and gives in float."""
-    theirs, ours = dict(float_model.named_modules()), dict(owner.detector.named_modules())
-    gave: dict[str, Tensor] = {}
-    read: dict[str, Tensor] = {}
-    layers = [layer for _, members in units for layer in members]
-    paths = [path for path, _ in units if path]
+@dataclass(frozen=True)
+class _Scene:
+    """Both models, and the images that go through them."""
 
-    def note_output(path: str) -> Callable[..., None]:
-        return lambda module, args, output: gave.__setitem__(path, output)
+    float_model: Detector
+    owner: QuantizedDetector
+    images: list[Tensor]
+    seed: int
 
-    def note_input(path: str) -> Callable[..., None]:
-        return lambda module, args: read.__setitem__(path, args[0])
+    def pairs(self, path: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a module reads in the quantized model, and what it gives in the float one; image by image."""
+        theirs, ours = self.float_model.get_submodule(path), self.owner.detector.get_submodule(path)
+        for image in self.images:
+            with torch.no_grad():
+                yield (
+                    _until(ours, self.owner, image, lambda args, _: args[0]),
+                    _until(theirs, self.float_model, image, lambda _, output: output),
+                )
 
-    watched = [*(layer.path for layer in layers), *paths]
-    handles = [theirs[path].register_forward_hook(note_output(path)) for path in watched]
-    handles += [ours[path].register_forward_pre_hook(note_input(path)) for path in watched]
-    windows: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in paths}
-    for number, image in enumerate(images()):
-        with torch.no_grad():
-            float_model(torch.from_numpy(image))
-            owner(torch.from_numpy(image))
-            for index, layer in enumerate(layers):
-                generator = torch.Generator().manual_seed(seed + 1009 * number + index)
-                layer.take(generator, places, layer.reads(read[layer.path]), gave[layer.path])
-            for path in paths:
-                windows[path].append(_window(seed + number, read[path], gave[path]))
-    for handle in handles:
+
+class _Reached(Exception):
+    """Stops a forward where nothing behind is of interest."""
+
+
+def _until(module: nn.Module, model: nn.Module, image: Tensor, choose: Callable[[Any, Any], Tensor]) -> Tensor:
+    """What `choose` takes of the arguments and the output of a module, when a model comes to it."""
+    found: list[Tensor] = []
+
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
+        # A copy: activations that follow work in place.
+        found.append(choose(args, output).clone())
+        raise _Reached
+
+    handle = module.register_forward_hook(hook)
+    try:
+        model(image)
+    except _Reached:
+        pass
+    finally:
         handle.remove()
-    return windows
+    return found[0]
+
+
+def _sampled(scene: _Scene, layer: _Layer) -> tuple[Tensor, Tensor]:
+    """Windows of what a layer reads, and the float outputs at their places, before the activation."""
+    parts = []
+    count = -(-PLACES // len(scene.images))
+    for number, (read, gave) in enumerate(scene.pairs(layer.path)):
+        generator = torch.Generator().manual_seed(scene.seed + number)
+        with torch.no_grad():
+            parts.append(layer.take(generator, count, layer.reads(read), gave))
+    inputs, outputs = (torch.cat(side) for side in zip(*parts, strict=True))
+    return inputs, outputs
+
+
+def _layer_unit(scene: _Scene, layer: _Layer) -> Unit:
+    inputs, outputs = _sampled(scene, layer)
+    return Unit(
+        layer.node,
+        inputs,
+        layer.act(outputs),
+        lambda values, weights: layer.act(layer.run(values, weights[0])),
+        {layer.initializer: layer.module.weight.detach().clone()},
+        {layer.initializer: layer.scale(scene.owner)},
+    )
 
 
 def _window(seed: int, read: Tensor, gave: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,22 +257,11 @@ def _window(seed: int, read: Tensor, gave: Tensor) -> tuple[Tensor, Tensor]:
     return read[..., rows, columns].clone(), gave[..., rows, columns].clone()
 
 
-def _layer_unit(owner: QuantizedDetector, layer: _Layer) -> Unit:
-    return Unit(
-        layer.node,
-        torch.cat(layer.inputs),
-        layer.act(torch.cat(layer.outputs)),
-        lambda inputs, weights: layer.act(layer.run(inputs, weights[0])),
-        {layer.initializer: layer.module.weight.detach().clone()},
-        {layer.initializer: layer.scale(owner)},
-    )
-
-
-def _block_unit(
-    owner: QuantizedDetector, path: str, members: list[_Layer], windows: list[tuple[Tensor, Tensor]]
-) -> Unit:
+def _block_unit(scene: _Scene, path: str, members: list[_Layer]) -> Unit:
     """A block on windows; along their border, where it reads beyond them, its output is not compared."""
-    module = dict(owner.detector.named_modules())[path]
+    owner = scene.owner
+    module = owner.detector.get_submodule(path)
+    windows = [_window(scene.seed + number, *pair) for number, pair in enumerate(scene.pairs(path))]
     inputs, targets = (torch.cat(side) for side in zip(*windows, strict=True))
     margin = min(sum(layer.module.kernel_size[0] // 2 for layer in members), (targets.shape[-1] - 8) // 2)
     inner = slice(margin, -margin or None) if targets.shape[-1] == WINDOW else slice(None)
@@ -289,10 +293,12 @@ class _Given(nn.Module):
         return self.__dict__["weight"]  # type: ignore[no-any-return]
 
 
-def _correct(owner: QuantizedDetector, layer: _Layer) -> None:
-    """Takes the mean error of each output channel, before the activation, off the bias."""
-    assert layer.module.bias is not None
+def _correct(scene: _Scene, layer: _Layer) -> np.ndarray:
+    """Takes the mean error of each output channel, before the activation, off the bias; returns the bias."""
+    bias = layer.module.bias
+    assert bias is not None
+    inputs, outputs = _sampled(scene, layer)
     with torch.no_grad():
-        weight = nearest(layer.module.weight, layer.scale(owner))
-        error = layer.run(torch.cat(layer.inputs), weight) - torch.cat(layer.outputs)
-        layer.module.bias -= error.mean((0, 2, 3))
+        weight = nearest(layer.module.weight, layer.scale(scene.owner))
+        bias -= (layer.run(inputs, weight) - outputs).mean((0, 2, 3))
+    return bias.detach().numpy().copy()

@@ -6,7 +6,6 @@ The model's own code stays as it is.  While it runs, every function that an ONNX
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -242,7 +241,7 @@ def float_detector(variant: Variant, source: Path) -> Detector:
     from alignment.models.mmyolo_source import build_detector
 
     detector = fused(build_detector(variant))
-    node_map, model = read_node_map(variant), onnx.load(source)
+    node_map, model = _node_map(variant), onnx.load(source)
     values = {i.name: i for i in model.graph.initializer}
     for node in model.graph.node:
         if "weight" in node_map.get(node.name, {}):
@@ -260,18 +259,17 @@ def quantized_detector(variant: Variant, quantized: Quantized) -> QuantizedDetec
     """
     return QuantizedDetector(
         float_detector(variant, quantized.source),
-        read_node_map(variant),
+        _node_map(variant),
         quantized.placement,
         quantized.scales,
         quantized.weight_scales,
     )
 
 
-def read_node_map(variant: Variant) -> dict[str, dict[str, str]]:
-    """What export wrote beside the graph.  Raises AlignError for a bare ONNX file."""
-    from alignment.export.onnx_export import exported
+def _node_map(variant: Variant) -> dict[str, dict[str, str]]:
+    from alignment.export.onnx_export import exported, read_node_map
 
     path = exported(variant).node_map
     if path is None:
         raise AlignError(f"{variant.name}: a bare ONNX file has no torch model", "round its weights to nearest")
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return read_node_map(path)

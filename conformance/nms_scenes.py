@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Scene:
     Attributes:
         boxes: ``[B, N, 4] float32``; float16 where `half`.
         scores: ``[B, N, C]``, of the same type.
-        attributes: of EfficientNMS_TRT, in place of those of `DEFAULTS`.
+        attributes: of EfficientNMS_TRT, in place of those of `DEFAULTS`.  ONNX's NonMaxSuppression takes four of them:
+            ``score_threshold`` (None for a node without), ``iou_threshold``, ``max_output_boxes`` (of each class) and
+            ``box_coding``.
     """
 
     boxes: np.ndarray
@@ -71,9 +73,50 @@ def to_onnx(scene: Scene) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def image_of(scene: Scene) -> np.ndarray:
+    """Boxes and scores as one image ``[B, 1, N, 4 + C]``, which is what runners take."""
+    return np.concatenate([scene.boxes, scene.scores], -1)[:, None]
+
+
+def to_layer_onnx(scene: Scene) -> onnx.ModelProto:
+    """A graph of one NonMaxSuppression over `image_of` the scene: ``selected`` is ``[K, 3]``, image, class and row."""
+    kind = TensorProto.FLOAT16 if scene.boxes.dtype == np.float16 else TensorProto.FLOAT
+    settings, classes = scene.settings, scene.scores.shape[2]
+    constants = {
+        "sizes": np.array([4, classes]),
+        "axis": np.array([1]),
+        "limit": np.array([settings["max_output_boxes"]]),
+        "iou": np.array([settings["iou_threshold"]], np.float32),
+    }
+    if settings["score_threshold"] is not None:
+        constants["threshold"] = np.array([settings["score_threshold"]], np.float32)
+    asked = ["boxes", "scores", *(name for name in constants if name not in ("sizes", "axis"))]
+    nodes = [
+        helper.make_node("Split", ["image", "sizes"], ["image_boxes", "image_scores"], "split", axis=3),
+        helper.make_node("Squeeze", ["image_boxes", "axis"], ["boxes"], "boxes"),
+        helper.make_node("Squeeze", ["image_scores", "axis"], ["row_scores"], "row_scores"),
+        helper.make_node("Transpose", ["row_scores"], ["scores"], "scores", perm=[0, 2, 1]),
+        helper.make_node("NonMaxSuppression", asked, ["selected"], "nms", center_point_box=int(settings["box_coding"])),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "nms",
+        [helper.make_tensor_value_info("image", kind, image_of(scene).shape)],
+        [helper.make_tensor_value_info("selected", TensorProto.INT64, ["selected", 3])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
 def scenes() -> dict[str, Scene]:
-    """All scenes by name; each is drawn from a seed of its own, so that adding one leaves the others as they are."""
+    """Scenes of EfficientNMS_TRT by name; each is drawn from a seed of its own, so that adding one at the end leaves
+    the others as they are."""
     return {name: draw(np.random.default_rng([7, index])) for index, (name, draw) in enumerate(_DRAW.items())}
+
+
+def layer_scenes() -> dict[str, Scene]:
+    """Scenes of NonMaxSuppression by name, drawn likewise."""
+    return {name: draw(np.random.default_rng([8, index])) for index, (name, draw) in enumerate(_DRAW_LAYER.items())}
 
 
 def _clusters(rng: np.random.Generator, batch: int, count: int, groups: int = 12, size: float = 40.0) -> np.ndarray:
@@ -184,8 +227,28 @@ def _centres(rng: np.random.Generator, **attributes: Any) -> Scene:
     return Scene(np.concatenate([(low + high) / 2, high - low], -1), scene.scores, {"box_coding": 1, **attributes})
 
 
-def _all_equal(_: np.random.Generator) -> Scene:
-    return Scene(_grid(300), np.full((1, 300, 2), 0.5, np.float32), {"max_output_boxes": 1000})
+def _all_equal(_: np.random.Generator, count: int = 300, kept: int = 1000) -> Scene:
+    return Scene(_grid(count), np.full((1, count, 2), 0.5, np.float32), {"max_output_boxes": kept})
+
+
+def _empty_image(rng: np.random.Generator) -> Scene:
+    """The middle one of three images has nothing to keep."""
+    scene = _scattered(rng, 3, 32, 2)
+    scene.scores[1] *= 0.2
+    return scene
+
+
+def _signed(rng: np.random.Generator, **attributes: Any) -> Scene:
+    """Scores below 0 too, as of logits."""
+    scores = rng.normal(-1, 2, (2, 64, 3))
+    return Scene(_clusters(rng, 2, 64), scores.astype(np.float32), attributes)
+
+
+def _half_at_score_threshold(_: np.random.Generator) -> Scene:
+    """0.001 in float16 is above 0.001 in float32: which of the two types is compared?"""
+    score = np.float16(0.001)
+    scores = np.array([score, np.nextafter(score, np.float16(0)), np.nextafter(score, np.float16(1)), 0.9])
+    return Scene(_grid(4).astype(np.float16), scores.astype(np.float16).reshape(1, 4, 1), {"score_threshold": 0.001})
 
 
 _DRAW: dict[str, Callable[[np.random.Generator], Scene]] = {
@@ -233,5 +296,47 @@ _DRAW: dict[str, Callable[[np.random.Generator], Scene]] = {
     "half centres": lambda rng: _half(_centres(rng)),
     "half logits": lambda rng: _half(_logits(rng)),
     "half low threshold": lambda rng: _half(_few_survivors(rng, 0.001)),
+    "half yolo 0.001": lambda rng: _half(_yolo(rng, 0.001)),
+}
+
+# What both have is drawn anew: nothing of one must hang on the order of the other.
+_DRAW_LAYER: dict[str, Callable[[np.random.Generator], Scene]] = {
+    "scattered": lambda rng: _scattered(rng, 2, 64, 3),
+    "scattered one a class": lambda rng: _scattered(rng, 2, 64, 3, max_output_boxes=1),
+    "scattered five a class": lambda rng: _scattered(rng, 2, 64, 3, max_output_boxes=5, iou_threshold=0.9),
+    "scattered threshold 0": lambda rng: _scattered(rng, 2, 64, 3, score_threshold=0.0),
+    "scattered iou 0": lambda rng: _scattered(rng, 2, 64, 3, iou_threshold=0.0),
+    "scattered iou 1": lambda rng: _scattered(rng, 2, 64, 3, iou_threshold=1.0),
+    "scattered large": lambda rng: _scattered(rng, 2, 3000, 4, score_threshold=0.05, max_output_boxes=1000),
+    "batch 5": lambda rng: _scattered(rng, 5, 40, 2),
+    "one box": lambda rng: _scattered(rng, 1, 1, 1, score_threshold=0.0),
+    "nothing passes": lambda rng: _scattered(rng, 2, 32, 2, score_threshold=1.5),
+    "nothing passes in one image": lambda rng: _empty_image(rng),
+    "tied": lambda rng: _tied(rng),
+    "tied three a class": lambda rng: _tied(rng, max_output_boxes=3),
+    "all equal": _all_equal,
+    "all equal 6000": lambda rng: _all_equal(rng, 3000, 8000),
+    "at score threshold": _at_score_threshold,
+    "at iou threshold": _at_iou_threshold,
+    "degenerate": _degenerate,
+    "not finite": lambda rng: _not_finite(rng),
+    "not finite low threshold": lambda rng: _not_finite(rng, score_threshold=0.001),
+    "candidates 2001": lambda rng: _many(rng, 2001, 1),
+    "candidates 4097": lambda rng: _many(rng, 4097, 1),
+    "candidates 5000": lambda rng: _many(rng, 2500, 2),
+    "candidates 5001": lambda rng: _many(rng, 5001, 1),
+    "candidates 9000": lambda rng: _many(rng, 3000, 3),
+    "few survivors 0.25": lambda rng: _few_survivors(rng, 0.25),
+    "few survivors 0.007": lambda rng: _few_survivors(rng, 0.007),
+    "few survivors 0.0069": lambda rng: _few_survivors(rng, 0.0069),
+    "few survivors 0.001": lambda rng: _few_survivors(rng, 0.001),
+    "negative scores": lambda rng: _signed(rng, score_threshold=-1.0),
+    "negative scores no threshold": lambda rng: _signed(rng, score_threshold=None),
+    "yolo 0.25": lambda rng: _yolo(rng, 0.25),
+    "yolo 0.001": lambda rng: _yolo(rng, 0.001),
+    "centres": lambda rng: _centres(rng),
+    "half scattered": lambda rng: _half(_scattered(rng, 2, 64, 3)),
+    "half centres": lambda rng: _half(_centres(rng)),
+    "half at score threshold": lambda rng: _half_at_score_threshold(rng),
     "half yolo 0.001": lambda rng: _half(_yolo(rng, 0.001)),
 }

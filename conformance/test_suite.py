@@ -95,9 +95,9 @@ def test_what_cannot_be_run_is_skipped_with_its_reason_and_with_strict_it_fails(
 COUNTER = """
 from alignment import pipeline
 opened = pipeline.open_runner
-def counting(variant, case, batch):
+def counting(variant, case, *rest):
     print("opened", case.id)
-    return opened(variant, case, batch)
+    return opened(variant, case, *rest)
 pipeline.open_runner = counting
 """
 

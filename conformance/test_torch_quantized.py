@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,14 +14,19 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lively import lively_variant
 from onnx import TensorProto, helper
 
 from alignment.compare.detections import agree
 from alignment.data.samples import open_samples
 from alignment.errors import AlignError
+from alignment.export.onnx_export import exported, read_node_map
+from alignment.layers import mark_outputs
 from alignment.models.outputs import detections_of, to_outputs
 from alignment.quantize import recipe
 from alignment.quantize.observers import scale_of
+from alignment.quantize.placement import Placement, WeightQuantizer, place
+from alignment.quantize.qdq import fake_quantizers
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.variant import Variant, load_variant, with_quantization
 
@@ -26,11 +35,16 @@ pytest.importorskip("mmyolo")
 pytest.importorskip("pytorch_quantization")
 torch_model = pytest.importorskip("alignment.quantize.torch_model")
 
-FAMILIES = [f"{name}_embedded" for name in ("yolov5", "yolov6", "yolov7", "yolov8", "yolox", "ppyoloe", "rtmdet")]
+NAMES = ("yolov5", "yolov6", "yolov7", "yolov8", "yolox", "ppyoloe", "rtmdet", "rtmdet_r")
+FAMILIES = [f"{name}_embedded" for name in NAMES]
+#: Simplification merges Concats of yolov7_l, and Slices of YOLOX.
+GRAPHS = [*FAMILIES, "yolov7_l_narrow"]
 SCALES = st.floats(2.0**-30, 2.0**30, width=32).map(np.float32)
 
 
 def small(name: str) -> Variant:
+    if name.startswith("rtmdet_r_"):
+        pytest.importorskip("mmrotate")
     return with_quantization(load_variant(name), {"images": 4})
 
 
@@ -81,6 +95,92 @@ def test_one_step_apart_at_most_in_a_thousandth_of_the_elements(axis):
     )
     assert steps.max() <= 1.001
     assert (steps > 0.5).mean() <= 1e-3
+
+
+class Recorder(torch.nn.Module):
+    """In a quantizer's place: keeps what is read through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[np.ndarray] = []
+        self.amax = torch.tensor(torch.inf)
+
+    def forward(self, values):
+        self.read.append(values.detach().numpy().copy())
+        return values
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_each_reader_reads_the_tensor_that_the_graph_says(name, tmp_path):
+    variant = lively_variant(name, tmp_path) if name == "yolov7_l_narrow" else small(name)
+    source = exported(variant).onnx
+    model = onnx.load(source)
+    placement = place(model, "full")
+    weights = {w.name: onnx.numpy_helper.to_array(w) for w in model.graph.initializer}
+    ones = {q.initializer: np.ones(weights[q.initializer].shape[q.axis], np.float32) for q in placement.weights}
+    detector = torch_model.QuantizedDetector(
+        torch_model.float_detector(variant, source),
+        read_node_map(exported(variant).node_map),
+        placement,
+        {q.tensor: np.float32(1) for q in placement.activations},
+        ones,
+    )
+    detector.activations = torch.nn.ModuleList(Recorder() for _ in placement.activations)
+    detector.weights = torch.nn.ModuleList(Recorder() for _ in placement.weights)
+    size = variant.input.height, variant.input.width
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, *size)).astype(np.float32)
+    with torch.no_grad():
+        detector(torch.from_numpy(image))
+    names = [q.tensor for q in placement.activations if q.tensor != "images"]
+    runner = OnnxRuntimeRunner(recipe.graph_file(mark_outputs(model, names), name), optimize=False)
+    expected = {"images": image, **runner.run(image)}
+    for quantizer, recorder in zip(placement.activations, detector.activations, strict=True):
+        assert len(recorder.read) == len(quantizer.readers), quantizer
+        for found in recorder.read:
+            largest = float(np.abs(expected[quantizer.tensor]).max())
+            np.testing.assert_allclose(found, expected[quantizer.tensor], rtol=0, atol=1e-4 * largest)
+    for weight, recorder in zip(placement.weights, detector.weights, strict=True):
+        np.testing.assert_array_equal(recorder.read, weights[weight.initializer][None])
+
+
+def unlike_the_graph(detector, quantized, image) -> Iterator[str]:
+    """The tensors whose quantizer is run another number of times, or gives other values, than in the QDQ graph."""
+    scales, _ = fake_quantizers(quantized.model)
+    calls: Counter[str] = Counter()
+    far: set[str] = set()
+
+    def hook(tensor):
+        def compare(module, args, output):
+            calls[tensor] += 1
+            expected = onnx_fake_quantize(args[0].numpy(), np.asarray(scales[tensor]), None)
+            steps = np.abs(output.numpy() - expected) / scales[tensor]
+            if steps.max() > 1.001 or (steps > 1e-3).mean() > 1e-3:
+                far.add(tensor)
+
+        return compare
+
+    placed = quantized.placement.activations
+    handles = [one.register_forward_hook(hook(q.tensor)) for one, q in zip(detector.activations, placed, strict=True)]
+    with torch.no_grad():
+        detector(image)
+    for handle in handles:
+        handle.remove()
+    yield from (q.tensor for q in placed if q.tensor in far or calls[q.tensor] != len(q.readers))
+
+
+@pytest.mark.parametrize("fault", ["none", "scale", "disabled", "not called"])
+def test_every_quantizer_gives_on_an_image_what_it_gives_in_onnx_runtime(yolov8, fault):
+    detector = torch_model.quantized_detector(yolov8.variant, yolov8.quantized)
+    chosen = yolov8.quantized.placement.activations[7]
+    if fault == "scale":
+        detector.activations[7].amax.mul_(1.01)
+    elif fault == "disabled":
+        detector.activations[7].disable()
+    elif fault == "not called":
+        planned = next(r for rs in detector._plan.values() for r in rs if r.node == chosen.readers[0][0])
+        planned.inputs.clear()
+    wrong = list(unlike_the_graph(detector, yolov8.quantized, yolov8.image))
+    assert wrong == ([] if fault == "none" else [chosen.tensor])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -144,3 +244,61 @@ def test_gradients_pass_through_the_quantizers(yolov8):
     first = detector.detector.model.backbone.stage1[0].conv.weight.requires_grad_()
     detector(yolov8.image)[1].sum().backward()
     assert float(first.grad.abs().max()) > 0
+
+
+def test_copies_and_stored_scales_answer_alike(yolov8):
+    detector = torch_model.quantized_detector(yolov8.variant, yolov8.quantized)
+    others = {tensor: np.float32(1) for tensor in yolov8.quantized.scales}
+    loaded = torch_model.quantized_detector(yolov8.variant, replace(yolov8.quantized, scales=others))
+    loaded.load_state_dict(detector.state_dict())
+    with torch.no_grad():
+        expected = detector(yolov8.image)[1]
+        for other in (loaded, copy.deepcopy(detector), pickle.loads(pickle.dumps(detector)), detector.train().eval()):
+            assert torch.equal(other(yolov8.image)[1], expected)
+
+
+def linear_layer(op: str, axis: int):
+    """A Linear with a quantized weight, its scales those of the largest magnitudes."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(40, 1000)
+
+        def forward(self, values):
+            return self.fc(values)
+
+    torch.manual_seed(0)
+    layer = Layer()
+    # Just below a power of two, steps of amax / 127 are coarser than those of amax: it rounds away from some.
+    layer.fc.weight.data[:, 0] = torch.linspace(0.993, 0.9999, 1000)
+    scale = scale_of(layer.fc.weight.detach().abs().amax(1).numpy())
+    placement = Placement("full", (), (WeightQuantizer("w", "/fc", axis),), {})
+    nodes = {"/fc": {"op": op, "module": "fc"}}
+    return torch_model.QuantizedDetector(layer, nodes, placement, {}, {"w": scale}), scale
+
+
+@pytest.mark.parametrize(("op", "axis"), [("Gemm", 0), ("MatMul", 1)])
+def test_a_linear_layer_has_a_scale_for_each_output(op, axis):
+    detector, scale = linear_layer(op, axis)
+    weight = detector.detector.fc.weight.detach().numpy()
+    expected = np.clip(np.rint(weight / scale[:, None]), -127, 127) * scale[:, None]
+    with torch.no_grad():
+        found = (detector(torch.eye(40)) - detector.detector.fc.bias).numpy().T
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_largest_weight_of_a_channel_keeps_its_gradient():
+    """amax / 127 rounds: 127 times the scale may be a hair less than the weight that it comes from."""
+    detector, scale = linear_layer("Gemm", 0)
+    weight = detector.detector.fc.weight
+    assert bool((weight.abs() > torch.from_numpy(torch_model.amax_with(scale))[:, None]).any())
+    detector(torch.ones(1, 40)).sum().backward()
+    assert bool((weight.grad == 1).all())
+
+
+def test_a_placement_of_another_graph_is_refused(yolov8):
+    placement = yolov8.quantized.placement
+    foreign = replace(placement, weights=(WeightQuantizer("w", "/elsewhere", 0), *placement.weights))
+    with pytest.raises(AlignError, match="node /elsewhere: not in the node map"):
+        torch_model.quantized_detector(yolov8.variant, replace(yolov8.quantized, placement=foreign))

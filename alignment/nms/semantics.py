@@ -184,6 +184,23 @@ def onnx_nms(score_threshold: float, iou_threshold: float, max_per_class: int) -
     return Semantics(score_threshold, iou_threshold, reorder=True, max_per_class=max_per_class)
 
 
+def inms_layer(
+    score_threshold: float, iou_threshold: float, max_per_class: int, candidate_cap: int = 5000
+) -> Semantics:
+    """TensorRT's INMSLayer, which it makes of ONNX's ``NonMaxSuppression`` from 8.5 on, over boxes as `prepared` makes
+    them: ONNX's semantics, of the candidates of highest score only (NvInfer.h, INMSLayer).
+
+    Args:
+        score_threshold: 0, which a score must exceed, where the node gives none; ONNX then lets every score pass.
+        iou_threshold: the largest that is kept; 0 where the node gives none.
+        max_per_class: how many boxes of a class; of an image, all that are left.
+        candidate_cap: how many (row, class) pairs of an image; 2000 on compute capability 5.3 and 6.2.
+    """
+    return Semantics(
+        score_threshold, iou_threshold, candidate_cap=candidate_cap, reorder=True, max_per_class=max_per_class
+    )
+
+
 def efficient_nms(attributes: Mapping[str, Any], candidate_cap: int = 5000) -> Semantics:
     """EfficientNMS_TRT with these attributes, over corners and scores as `prepared` makes them.
 
@@ -211,7 +228,10 @@ def efficient_nms(attributes: Mapping[str, Any], candidate_cap: int = 5000) -> S
 
 
 def prepared(boxes: np.ndarray, box_coding: int) -> np.ndarray:
-    """Boxes as EfficientNMS_TRT compares and returns them: corners, whatever the coding, in their own type."""
+    """Boxes as EfficientNMS_TRT compares and returns them: corners, whatever the coding, in their own type.
+
+    Of INMSLayer, and ONNX's ``center_point_box``, the same is assumed.
+    """
     if box_coding == 0:
         return boxes
     half = boxes[..., 2:] * boxes.dtype.type(0.5)

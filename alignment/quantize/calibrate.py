@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import onnx
@@ -27,6 +26,8 @@ from alignment.storage import locked, writing
 
 #: Images between two writes of what was seen so far.
 SAVE_EVERY = 16
+#: Raise it when `Statistics` come to hold something else.
+STATISTICS = 2
 _THREADS = 2
 
 
@@ -71,14 +72,14 @@ class Calibration:
             tensors = {name: Statistics.from_arrays(parts[i]) for i, name in enumerate(about["tensors"])}
             return cls(about["identity"], int(about["images"]), tensors)
         except OSError as error:
-            raise AlignError(f"{path}: {error.strerror or error}", "calibrate anew") from None
-        except (BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
+            raise AlignError(f"{path}: {error.strerror or error}", "delete it, and calibrate anew") from None
+        except Exception as error:  # zip, zlib, NumPy and JSON each have their own
             reason = " ".join(str(error).split())[:120]
-            raise AlignError(f"{path}: not a calibration: {reason}", "calibrate anew") from None
+            raise AlignError(f"{path}: not a calibration: {reason}", "delete it, and calibrate anew") from None
 
     def require(self, identity: dict[str, Any], path: Path) -> None:
         """Raises AlignError naming what is no longer as it was when `path` was written."""
-        for key in {*identity, *self.identity}:
+        for key in dict.fromkeys([*identity, *self.identity]):
             if identity.get(key) != self.identity.get(key):
                 raise AlignError(
                     f"{path}: a calibration of another {key}: {self.identity.get(key)}, now {identity.get(key)}",
@@ -98,6 +99,7 @@ def identity_of(model: Path, samples: Samples) -> dict[str, Any]:
         "preprocess": variant.preprocess.model_dump_json(),
         "onnxruntime": onnxruntime.__version__,
         "alignment": __version__,
+        "statistics": STATISTICS,
     }
 
 
@@ -159,6 +161,7 @@ def _observe(
     graph = onnx.load(model)
     names = activations(graph)
     image, *others = names
+    batch = _possible_batch(graph, batch, model)
     session = _session(mark_outputs(graph, others), model)
     todo = samples.dataset.images[found.images :]
     saved = found.images
@@ -184,6 +187,15 @@ def _observe(
                 saved = found.images
             if progress:
                 progress(found.images)
+
+
+def _possible_batch(graph: onnx.ModelProto, batch: int, path: Path) -> int:
+    """How many images at once: one where the graph's batch is fixed to it."""
+    dims = graph.graph.input[0].type.tensor_type.shape.dim
+    fixed = dims[0].dim_value if dims else 0
+    if fixed > 1:
+        raise AlignError(f"{path}: its batch is fixed to {fixed}", "export it with a dynamic batch, or a batch of 1")
+    return fixed or batch
 
 
 def _add(statistics: Statistics, name: str, values: np.ndarray) -> None:

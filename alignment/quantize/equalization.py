@@ -47,12 +47,12 @@ def pairs_of(graph: OnnxGraph) -> list[tuple[NodeProto, NodeProto]]:
 def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """A graph that computes the same, and the factor of each channel by the name of the first convolution.
 
-    Weights that several nodes share are left alone.
+    Pairs whose weights or bias other nodes read too are left alone, as are those whose bias is computed.
     """
     equalized = onnx.ModelProto()
     equalized.CopyFrom(model)
     graph = OnnxGraph(equalized)
-    pairs = [p for p in pairs_of(graph) if all(len(graph.readers[node.input[1]]) == 1 for node in p)]
+    pairs = [pair for pair in pairs_of(graph) if _owned(pair, graph)]
     values = {i.name: numpy_helper.to_array(i).astype(np.float64) for i in equalized.graph.initializer}
     factors: dict[str, np.ndarray] = {}
     for _ in range(ROUNDS):
@@ -65,7 +65,7 @@ def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndar
             fits = (ours > 0) & (theirs > 0)
             factor = np.sqrt(np.divide(ours, theirs, where=fits, out=np.ones_like(ours)))
             values[first.input[1]] = one / factor[:, None, None, None]
-            if len(first.input) > 2:
+            if first.input[2:]:
                 values[first.input[2]] = values[first.input[2]] / factor
             shape = (-1, 1, 1, 1) if depthwise else (1, -1, 1, 1)
             values[second.input[1]] = other * factor.reshape(shape)
@@ -76,6 +76,12 @@ def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndar
             value = values[initializer.name].astype(np.float32)
             initializer.CopyFrom(numpy_helper.from_array(value, initializer.name))
     return equalized, factors
+
+
+def _owned(pair: tuple[NodeProto, NodeProto], graph: OnnxGraph) -> bool:
+    first, second = pair
+    names = [first.input[1], second.input[1], *first.input[2:3]]
+    return all(name in graph.initializers and len(graph.readers[name]) == 1 for name in names)
 
 
 def _scalable(node: NodeProto, graph: OnnxGraph) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 from onnx import numpy_helper
 
 from alignment.data.samples import Samples, open_samples
@@ -135,7 +136,7 @@ def quantize(variant: Variant, data: Path | None = None, batch: int = 1, progres
         AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have.
     """
     recipe = variant.quantization
-    source = exported(variant).onnx
+    source = _with_scales_of_channels(exported(variant).onnx, variant.name)
     if recipe.equalization:
         source = graph_file(equalize(onnx.load(source))[0], f"{variant.name}.equalized")
     samples = calibration_samples(variant, data)
@@ -146,6 +147,14 @@ def quantize(variant: Variant, data: Path | None = None, batch: int = 1, progres
     if recipe.rounding == "nearest" and not recipe.bias_correction:
         return found
     return _improved(variant, found, samples, progress)
+
+
+def _with_scales_of_channels(source: Path, name: str) -> Path:
+    """The graph in opset 13, if it is in an older one: the first whose QuantizeLinear has a scale for each channel."""
+    model = onnx.load(source)
+    if all(o.version >= 13 for o in model.opset_import if o.domain in ("", "ai.onnx")):
+        return source
+    return graph_file(onnx.version_converter.convert_version(model, 13), f"{name}.opset13")
 
 
 def _with_int8_weights(source: Path, variant: Variant) -> Path:

@@ -7,7 +7,7 @@ The model's own code stays as it is.  While it runs, every function that an ONNX
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -85,7 +85,7 @@ class QuantizedDetector(nn.Module):
         weight_scales: ``[C] float32`` of the quantized weights, by initializer.
 
     Raises:
-        AlignError: for a placement with nodes that torch's functions are not matched with.
+        AlignError: for a placement of another graph, or with nodes that torch's functions are not matched with.
     """
 
     def __init__(
@@ -100,8 +100,17 @@ class QuantizedDetector(nn.Module):
         self.detector = detector
         self.initializers = [quantizer.initializer for quantizer in placement.weights]
         self.activations = nn.ModuleList(quantizer_of(scales[q.tensor]) for q in placement.activations)
-        self.weights = nn.ModuleList(quantizer_of(weight_scales[q.initializer], q.axis) for q in placement.weights)
         reads = {name: _Reads(name) for name in node_map}
+        for node in (*(n for q in placement.activations for n, _ in q.readers), *(q.node for q in placement.weights)):
+            if node not in reads:
+                raise AlignError(f"node {node}: not in the node map", "place quantizers in the graph of this export")
+        self.weights = nn.ModuleList()
+        for weight in placement.weights:
+            entry = node_map[weight.node]
+            dims = detector.get_submodule(entry["module"]).weight.dim()  # type: ignore[operator, union-attr]
+            # A MatMul has torch's weight transposed.
+            axis = 0 if entry["op"] == "MatMul" else weight.axis
+            self.weights.append(quantizer_of(weight_scales[weight.initializer], axis, dims))
         for place, quantizer in enumerate(placement.activations):
             for node, index in quantizer.readers:
                 reads[node].inputs[index] = place
@@ -140,6 +149,8 @@ class Quantizing(TorchFunctionMode):
         self._paths = {id(module): path for path, module in parts}
         self._stack: list[str] = []
         self._calls: Counter[tuple[str, str]] = Counter()
+        #: id of a tensor → itself, which keeps the id its own, and what it was concatenated from.
+        self._joined: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
     def __enter__(self) -> Quantizing:
         self._hooks = [
@@ -166,26 +177,42 @@ class Quantizing(TorchFunctionMode):
         if op is None:
             return func(*args, **kwargs)
         key = (self._stack[-1] if self._stack else "", op)
-        turns = _slices(args[1]) if op == "Slice" else 1
+        turns = int(_drops(args[1])) if op == "Slice" else 1
         planned = self._owner._plan.get(key, [])
         turn = self._calls[key]
         self._calls[key] += turns
         if turns and turn < len(planned) and (planned[turn].inputs or planned[turn].weight is not None):
             args = self._read(planned[turn], op, list(args))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if op in LISTED and not planned:
+            # Simplification has merged it into the Concat that reads it.
+            self._joined[id(result)] = result, self._parts(args[0])
+        return result
+
+    def _parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Tensors as the graph concatenates them: with what a merged Concat was given in its place."""
+        return [part for one in tensors for part in self._joined.get(id(one), (one, [one]))[1]]
 
     def _read(self, reads: _Reads, op: str, args: list[Any]) -> list[Any]:
         quantizers = self._owner.activations
         if op in LISTED:
-            args[0] = [quantizers[reads.inputs[i]](x) if i in reads.inputs else x for i, x in enumerate(args[0])]
+            parts = self._parts(args[0])
+            if max(reads.inputs) >= len(parts):
+                raise AlignError(
+                    f"node {reads.node}: reads input {max(reads.inputs)} quantized, torch gives it {len(parts)}",
+                    "name it in keep_float, or export again with this model",
+                )
+            args[0] = [quantizers[reads.inputs[i]](x) if i in reads.inputs else x for i, x in enumerate(parts)]
             return args
         for index, place in reads.inputs.items():
             args[index] = quantizers[place](args[index])
         if reads.weight is not None:
             quantizer = self._owner.weights[reads.weight]
             largest = cast(Tensor, quantizer.amax)
-            # Weights have no level -128: the QDQ graph holds them clipped.
-            args[1] = quantizer(torch.clamp(args[1], -largest, largest))
+            # Weights have no level -128: the QDQ graph holds them clipped.  As there, those that are over by a rounding
+            # error of the scale are not: they would be without a gradient.
+            limit = largest * 1.001
+            args[1] = quantizer(torch.clamp(args[1], -limit, limit))
         return args
 
     def require_all(self) -> None:
@@ -204,20 +231,21 @@ def _inside(detector: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     yield from detector.get_submodule(path).named_modules(prefix=path)
 
 
-def _slices(index: Any) -> int:
-    """How many Slice nodes an index becomes."""
+def _drops(index: Any) -> bool:
+    """Whether an index becomes a Slice node: simplification makes one of those along several axes."""
     parts = index if isinstance(index, tuple) else (index,)
-    return sum(isinstance(part, slice) and part != slice(None) for part in parts)
+    return any(isinstance(part, slice) and part != slice(None) for part in parts)
 
 
-def quantizer_of(scale: np.float32 | np.ndarray, axis: int | None = None) -> TensorQuantizer:
+def quantizer_of(scale: np.float32 | np.ndarray, axis: int | None = None, dims: int = 4) -> TensorQuantizer:
     """A TensorQuantizer of exactly that float32 scale; it divides its amax by 127.
 
     Args:
-        scale: of the whole tensor, or ``[C]`` along `axis` of a weight with four axes.
+        scale: of the whole tensor, or ``[C]`` along `axis` of a weight.
         axis: of the channels.
+        dims: how many axes the weight has.
     """
-    shape = [] if axis is None else [-1 if dim == axis else 1 for dim in range(4)]
+    shape = [] if axis is None else [-1 if dim == axis else 1 for dim in range(dims)]
     amax = amax_with(np.asarray(scale, np.float32)).reshape(shape)
     return TensorQuantizer(QuantDescriptor(num_bits=8, axis=axis, amax=amax))
 

@@ -323,6 +323,6 @@ def _allocator(memory: _Memory, shapes: dict[str, tuple[int, ...]]) -> Any:
             return memory.reserve(name, size)
 
         def notify_shape(self, name: str, shape: Any) -> None:
-            shapes[name] = tuple(shape[axis] for axis in range(len(shape)))
+            shapes[name] = tuple(int(size) for size in shape)
 
     return Allocator()

@@ -117,6 +117,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     precisions = tuple(p for name, chosen in MARKED.items() if name in markers for p in chosen) or ("fp32",)
     parameters = []
     for variant in _chosen(metafunc.config):
+        # Quantizing a model of full size takes minutes: those are run where they are asked for.
+        if precisions == ("int8",) and not (variant.embedded or metafunc.config.option.variant):
+            continue
         for case in cases_of(variant, BACKENDS, precisions):
             marks = [pytest.mark.xdist_group(variant.name)]
             if case.backend == "tensorrt":

@@ -82,21 +82,24 @@ def tensorrt_build(
     if case.route != "qdq" and not ability.has_int8_flag:
         raise AlignError(f"{case.id}: TensorRT {ability.version} knows int8 from QDQ nodes only", "take the route qdq")
     explicit = case.route == "qdq"
+    reads = case.route in CALIBRATORS and case.route != "implicit"
     path = graph_file(quantized.model, f"{variant.name}.qdq") if explicit else quantized.source
     decoding = float32_nodes(path, variant.float32_nodes)
     options = BuildOptions(
         precision="int8",
         strongly_typed=not ability.has_int8_flag,
         float32_nodes=decoding if ability.has_int8_flag else (),
-        # Without Q/DQ nodes nothing in the graph says what stays float: these layers are bound to it.
-        float16_nodes=() if explicit else tuple(n for n in quantized.placement.float_nodes if n not in decoding),
+        # Without Q/DQ nodes nothing in the graph says what stays float: these layers are bound to it.  Not while one of
+        # TensorRT's calibrators reads images: it does so in float32, and then finds no implementation of float16.
+        float16_nodes=()
+        if explicit or reads
+        else tuple(n for n in quantized.placement.float_nodes if n not in decoding),
         ranges=quantized.ranges if case.route == "dynamic_range" else (),
         calibrator=CALIBRATORS.get(case.route or "", ""),
         cache=quantized.cache(ability.version) if case.route == "implicit" else "",
         opt_batch=batch,
         max_batch=batch,
     )
-    reads = options.calibrator and not options.cache
     return TensorRTBuild(path, options, calibration_images(variant, data) if reads else None)
 
 

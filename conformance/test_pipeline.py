@@ -55,7 +55,7 @@ def samples() -> Samples:
 def runners(monkeypatch: pytest.MonkeyPatch) -> dict[str, Runner]:
     """The runner of each backend, which tests may replace; the float64 referee is away."""
     made: dict[str, Runner] = {backend: Fixed(VARIANT) for backend in ("torch", "onnxruntime")}
-    monkeypatch.setattr(pipeline, "open_runner", lambda variant, case, batch: made[case.backend])
+    monkeypatch.setattr(pipeline, "open_runner", lambda variant, case, *_: made[case.backend])
     monkeypatch.setattr(Referee, "open", lambda variant, reference: Referee())
     return made
 
@@ -115,7 +115,7 @@ def test_what_the_first_backend_writes_does_not_reach_the_second(samples, runner
 
 
 def test_when_a_later_runner_cannot_be_opened_the_earlier_ones_are_closed(samples, runners, tmp_path, monkeypatch):
-    def opener(variant: Variant, case: Case, batch: int) -> Runner:
+    def opener(variant: Variant, case: Case, batch: int, data: Path | None) -> Runner:
         if case.backend == "onnxruntime":
             raise AlignError("no such graph", "export it again")
         return runners[case.backend]

@@ -79,7 +79,11 @@ def image_of(scene: Scene) -> np.ndarray:
 
 
 def to_layer_onnx(scene: Scene) -> onnx.ModelProto:
-    """A graph of one NonMaxSuppression over `image_of` the scene: ``selected`` is ``[K, 3]``, image, class and row."""
+    """A graph of one NonMaxSuppression over `image_of` the scene: ``selected`` is ``[K, 3]``, image, class and row.
+
+    The batch is a symbol: TensorRT 8.6 makes no execution context of an engine that has no profile and an output whose
+    size depends on the data.
+    """
     kind = TensorProto.FLOAT16 if scene.boxes.dtype == np.float16 else TensorProto.FLOAT
     settings, classes = scene.settings, scene.scores.shape[2]
     constants = {
@@ -101,7 +105,7 @@ def to_layer_onnx(scene: Scene) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "nms",
-        [helper.make_tensor_value_info("image", kind, image_of(scene).shape)],
+        [helper.make_tensor_value_info("image", kind, ["batch", *image_of(scene).shape[1:]])],
         [helper.make_tensor_value_info("selected", TensorProto.INT64, ["selected", 3])],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )

@@ -48,8 +48,9 @@ class Semantics:
     """What a post-processing does, one field a choice.
 
     Attributes:
-        score_threshold: compared in the scores' own type.
+        score_threshold: compared in the scores' own type, or in float32 where `threshold_float32`.
         score_inclusive: whether a score at the threshold passes.
+        nan_passes: whether a score that is no number does.
         multi_label: whether a row may pass with several classes, or only with its best.
         background: a class that is no detection.
         floor: the score of what does not pass, where that stays a candidate; None where it is dropped.
@@ -71,7 +72,9 @@ class Semantics:
 
     score_threshold: float
     iou_threshold: float
+    threshold_float32: bool = False
     score_inclusive: bool = False
+    nan_passes: bool = False
     multi_label: bool = True
     background: int | None = None
     floor: float | None = None
@@ -188,7 +191,8 @@ def inms_layer(
     score_threshold: float, iou_threshold: float, max_per_class: int, candidate_cap: int = 5000
 ) -> Semantics:
     """TensorRT's INMSLayer, which it makes of ONNX's ``NonMaxSuppression`` from 8.5 on, over boxes as `prepared` makes
-    them: ONNX's semantics, of the candidates of highest score only (NvInfer.h, INMSLayer).
+    them: ONNX's semantics, of the candidates of highest score only (NvInfer.h, INMSLayer).  That a low threshold lets
+    scores pass that are no number, and float16 scores are compared in float32, was seen of 8.6.1.
 
     Args:
         score_threshold: 0, which a score must exceed, where the node gives none; ONNX then lets every score pass.
@@ -197,7 +201,13 @@ def inms_layer(
         candidate_cap: how many (row, class) pairs of an image; 2000 on compute capability 5.3 and 6.2.
     """
     return Semantics(
-        score_threshold, iou_threshold, candidate_cap=candidate_cap, reorder=True, max_per_class=max_per_class
+        score_threshold,
+        iou_threshold,
+        threshold_float32=True,
+        nan_passes=score_threshold < DENSE_BELOW,
+        candidate_cap=candidate_cap,
+        reorder=True,
+        max_per_class=max_per_class,
     )
 
 
@@ -210,15 +220,16 @@ def efficient_nms(attributes: Mapping[str, Any], candidate_cap: int = 5000) -> S
     """
     threshold, logits = float(attributes["score_threshold"]), bool(attributes.get("score_activation", 0))
     background = int(attributes.get("background_class", -1))
-    floor = FLOOR if threshold < DENSE_BELOW else None
+    dense = threshold < DENSE_BELOW
     if logits:
         threshold = FLOOR if threshold <= 0 else float(_logit(threshold))
     return Semantics(
         score_threshold=threshold,
         iou_threshold=float(attributes["iou_threshold"]),
         score_inclusive=True,
+        nan_passes=dense,
         background=background if background >= 0 else None,
-        floor=floor,
+        floor=FLOOR if dense else None,
         candidate_cap=candidate_cap,
         classes="together" if attributes.get("class_agnostic", 0) else "apart",
         iou_inclusive=True,
@@ -246,12 +257,13 @@ def _logit(score: float) -> np.float32:
 def _passing(semantics: Semantics, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs that passed the threshold, and those that stay though they did not: flat index, score, fate so far."""
     classes, values = scores.shape[1], scores.ravel()
-    threshold = scores.dtype.type(semantics.score_threshold)
+    compared = _float32(values) if semantics.threshold_float32 else values
+    threshold = compared.dtype.type(semantics.score_threshold)
     with np.errstate(invalid="ignore"):
-        if semantics.floor is not None:
-            over = ~(values < threshold)  # what is not a number stays
+        if semantics.nan_passes:
+            over = ~(compared < threshold if semantics.score_inclusive else compared <= threshold)
         else:
-            over = values >= threshold if semantics.score_inclusive else values > threshold
+            over = compared >= threshold if semantics.score_inclusive else compared > threshold
     flat = np.flatnonzero(over)
     fates = np.full(len(flat), Fate.KEPT, np.int8)
     if semantics.background is not None:
@@ -399,7 +411,7 @@ class _Greedy:
     def _rivals(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Whether one of `a` suppresses one of `b` where they overlap enough: ``[n, m] bool``."""
         rivals = self.groups[a][:, None] == self.groups[b]
-        if self.semantics.floor is not None:  # only there can a score be no number
+        if self.semantics.nan_passes:
             with np.errstate(invalid="ignore"):
                 rivals &= self.scores[b] <= self.scores[a][:, None]
         return rivals

@@ -22,8 +22,9 @@ from alignment.export.onnx_export import ExportOptions, exported
 from alignment.golden import limits, read_golden
 from alignment.models.outputs import to_outputs
 from alignment.nms.explain import Divergence, Limits, Side, explain
+from alignment.nms.implementations import efficient_nms, mmyolo, onnx_nms
 from alignment.nms.multiclass import Detections, iou_matrix
-from alignment.nms.semantics import Semantics, efficient_nms, mmyolo, onnx_nms, run
+from alignment.nms.semantics import Semantics, run
 from alignment.pipeline import boxes_of, write_picture
 from alignment.results import CauseCount, ExplainedBox, Explanation, WorstImage
 from alignment.runners.base import Runner

@@ -20,7 +20,8 @@ from onnx import TensorProto, helper
 
 from alignment.data.preprocess import Transform
 from alignment.nms.explain import Limits, Side, explain
-from alignment.nms.semantics import efficient_nms, mmyolo, run
+from alignment.nms.implementations import efficient_nms, mmyolo
+from alignment.nms.semantics import run
 from alignment.variant import Nms
 
 REPEATS = 15

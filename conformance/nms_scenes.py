@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def digest(scene: Scene) -> str:
 
 def to_onnx(scene: Scene) -> onnx.ModelProto:
     """A graph of one EfficientNMS_TRT node over inputs ``boxes`` and ``scores``, shapes fixed."""
+    from onnx import TensorProto, helper
+
     kind = TensorProto.FLOAT16 if scene.boxes.dtype == np.float16 else TensorProto.FLOAT
     batch, kept = len(scene.boxes), scene.settings["max_output_boxes"]
     inputs = [
@@ -84,6 +87,8 @@ def to_layer_onnx(scene: Scene) -> onnx.ModelProto:
     The batch is a symbol: TensorRT 8.6 makes no execution context of an engine that has no profile and an output whose
     size depends on the data.
     """
+    from onnx import TensorProto, helper, numpy_helper
+
     kind = TensorProto.FLOAT16 if scene.boxes.dtype == np.float16 else TensorProto.FLOAT
     settings, classes = scene.settings, scene.scores.shape[2]
     constants = {
@@ -123,6 +128,13 @@ def layer_scenes() -> dict[str, Scene]:
     return {name: draw(np.random.default_rng([8, index])) for index, (name, draw) in enumerate(_DRAW_LAYER.items())}
 
 
+def torchvision_scenes() -> dict[str, Scene]:
+    """Scenes of torchvision's ``batched_nms`` by name, drawn likewise."""
+    return {
+        name: draw(np.random.default_rng([9, index])) for index, (name, draw) in enumerate(_DRAW_TORCHVISION.items())
+    }
+
+
 def _clusters(rng: np.random.Generator, batch: int, count: int, groups: int = 12, size: float = 40.0) -> np.ndarray:
     """Boxes around a few centres, in a 320 px image, so that many overlap."""
     centres = rng.uniform(40, 280, (batch, groups, 2))
@@ -155,7 +167,9 @@ def _tied(rng: np.random.Generator, **attributes: Any) -> Scene:
 
 
 def _at_score_threshold(_: np.random.Generator) -> Scene:
-    scores = np.array([0.25, np.nextafter(np.float32(0.25), np.float32(0)), np.nextafter(np.float32(0.25), 1), 0.9])
+    scores = np.array(
+        [0.25, np.nextafter(np.float32(0.25), np.float32(0)), np.nextafter(np.float32(0.25), np.float32(1)), 0.9]
+    )
     return Scene(_grid(4), scores.astype(np.float32).reshape(1, 4, 1))
 
 
@@ -181,6 +195,26 @@ def _degenerate(_: np.random.Generator) -> Scene:
     ]
     scores = np.linspace(0.9, 0.3, len(boxes), dtype=np.float32)
     return Scene(np.array([boxes], np.float32), scores.reshape(1, -1, 1), {"iou_threshold": 0.1})
+
+
+def _at_three_fifths(_: np.random.Generator) -> Scene:
+    """IoU 0.6, which float32 rounds up: in float64 it is above the threshold, in float32 at it."""
+    boxes = np.array([[[0, 0, 10, 10], [0, 0, 6, 10]]], np.float32)
+    return Scene(boxes, np.array([[[0.9], [0.8]]], np.float32), {"iou_threshold": 0.6})
+
+
+def _below_zero(rng: np.random.Generator, count: int, classes: int) -> Scene:
+    """Boxes that mostly lie below zero, so that offsets by class move them onto each other."""
+    corner = rng.uniform(-2000, 20, (1, count, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(10, 60, (1, count, 2))], -1).astype(np.float32)
+    scores = 0.3 + 0.6 * rng.permutation(count * classes).astype(np.float32) / (count * classes)
+    return Scene(boxes, scores.reshape(1, count, classes).astype(np.float32), {"max_output_boxes": 8000})
+
+
+def _far_away(rng: np.random.Generator) -> Scene:
+    """Boxes and classes that make offsets large enough to round the boxes."""
+    scene = _scattered(rng, 1, 12, 80)
+    return Scene(scene.boxes + np.float32(5000), scene.scores, scene.attributes)
 
 
 def _not_finite(_: np.random.Generator, **attributes: Any) -> Scene:
@@ -343,4 +377,18 @@ _DRAW_LAYER: dict[str, Callable[[np.random.Generator], Scene]] = {
     "half centres": lambda rng: _half(_centres(rng)),
     "half at score threshold": lambda rng: _half_at_score_threshold(rng),
     "half yolo 0.001": lambda rng: _half(_yolo(rng, 0.001)),
+}
+
+_DRAW_TORCHVISION: dict[str, Callable[[np.random.Generator], Scene]] = {
+    "scattered": lambda rng: _scattered(rng, 1, 64, 3),
+    "tied": lambda rng: _tied(rng),
+    "at score threshold": _at_score_threshold,
+    "at iou threshold": _at_iou_threshold,
+    "at iou threshold 0.6": lambda rng: _at_three_fifths(rng),
+    "degenerate": _degenerate,
+    "below zero": lambda rng: _below_zero(rng, 60, 3),
+    "below zero 1000": lambda rng: _below_zero(rng, 500, 2),
+    "below zero 1001": lambda rng: _below_zero(rng, 143, 7),
+    "far away": lambda rng: _far_away(rng),
+    "yolo 0.25": lambda rng: _yolo(rng, 0.25),
 }

@@ -387,7 +387,7 @@ def test_candidates_exceed_the_threshold_and_ties_go_to_the_lower_row_then_class
 )
 def test_scores_of_any_kind_fall_and_what_is_no_number_comes_first(values, dtype, ties, first, count):
     scores = np.array(values, dtype).reshape(-1, 1)
-    semantics = Semantics(-np.inf, 0.5, score_inclusive=True, floor=-32768.0, ties=ties)
+    semantics = Semantics(-np.inf, 0.5, score_inclusive=True, nan_passes=True, floor=-32768.0, ties=ties)
     fates = post_process(semantics, np.zeros((len(values), 4), np.float32), scores, first=np.array(first[:count], int))
     seen = {row: place for place, row in enumerate(first[:count])}
     sign = 1 if ties == "rising" else -1

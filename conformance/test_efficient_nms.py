@@ -12,7 +12,8 @@ from nms_scenes import Scene, digest, scenes, to_onnx
 
 from alignment.engine.build import BuildOptions
 from alignment.engine.capabilities import Capabilities, missing
-from alignment.nms.semantics import FLOOR, efficient_nms, prepared, run
+from alignment.nms.implementations import FLOOR, efficient_nms, prepared
+from alignment.nms.semantics import run
 from alignment.variant import golden_dir
 
 pytestmark = pytest.mark.nms

@@ -13,7 +13,8 @@ from nms_scenes import scenes
 from test_nms_semantics import MOVED, SEMANTICS, images
 
 from alignment.nms.explain import PATH, Divergence, Limits, Side, explain
-from alignment.nms.semantics import Semantics, efficient_nms, mmyolo, run
+from alignment.nms.implementations import efficient_nms, mmyolo
+from alignment.nms.semantics import Semantics, run
 from alignment.variant import Nms
 
 pytestmark = pytest.mark.nms
@@ -48,6 +49,12 @@ def kept(semantics: Semantics, boxes: np.ndarray, scores: np.ndarray) -> set[tup
 
 def pairs(found: list[Divergence]) -> set[tuple[int, int]]:
     return {(d.row, d.label) for d in found}
+
+
+def test_every_choice_is_the_cause_of_something():
+    assert sorted(field for fields, _ in PATH for field in fields) == sorted(
+        f.name for f in dataclasses.fields(Semantics)
+    )
 
 
 @settings(max_examples=400, deadline=None)

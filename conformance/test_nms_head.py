@@ -17,7 +17,8 @@ from alignment.divergence import explain_records, explain_variant, seen_pairs
 from alignment.errors import AlignError
 from alignment.export.nms_head import NmsHead, lint, with_nms
 from alignment.export.onnx_export import ExportOptions, exported
-from alignment.nms.semantics import onnx_nms, run
+from alignment.nms.implementations import onnx_nms
+from alignment.nms.semantics import run
 from alignment.report.html import headline
 from alignment.report.run_folder import merge, read_run
 from alignment.runners.onnxruntime import OnnxRuntimeRunner

@@ -12,7 +12,8 @@ import pytest
 from nms_scenes import Scene, digest, image_of, layer_scenes, to_layer_onnx
 
 from alignment.engine.capabilities import missing
-from alignment.nms.semantics import Semantics, inms_layer, prepared, run
+from alignment.nms.implementations import inms_layer, prepared
+from alignment.nms.semantics import Semantics, run
 from alignment.runners import tensorrt as runner
 from alignment.variant import golden_dir
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from alignment.data.preprocess import Transform
-from alignment.nms.semantics import Fate, Semantics, mmyolo, onnx_nms, run
+from alignment.nms.implementations import mmyolo, onnx_nms
+from alignment.nms.semantics import Fate, Semantics, run
 from alignment.variant import Nms
 
 pytestmark = pytest.mark.nms
@@ -144,7 +145,9 @@ SEMANTICS = st.builds(
     Semantics,
     score_threshold=st.sampled_from([0.0, 0.25, 0.5]),
     iou_threshold=THRESHOLDS,
+    threshold_float32=st.booleans(),
     score_inclusive=st.booleans(),
+    nan_passes=st.booleans(),
     multi_label=st.booleans(),
     background=st.sampled_from([None, 0]),
     floor=st.sampled_from([None, -32768.0]),
@@ -153,7 +156,7 @@ SEMANTICS = st.builds(
     candidate_cap=st.one_of(st.none(), st.integers(1, 20)),
     ties=st.sampled_from(["rising", "falling"]),
     frame=st.sampled_from(["input", "original"]),
-    classes=st.sampled_from(["apart", "offset", "together"]),
+    classes=st.sampled_from(["apart", "offset", "offset_or_apart", "together"]),
     split=st.sampled_from([None, 5]),
     iou_inclusive=st.booleans(),
     reorder=st.booleans(),
@@ -172,7 +175,7 @@ def test_every_pair_has_a_fate_that_its_evidence_bears_out(image, semantics):
     with np.errstate(invalid="ignore"):
         passing = (
             scores >= semantics.score_threshold if semantics.score_inclusive else scores > semantics.score_threshold
-        )
+        ) | (np.isnan(scores) & semantics.nan_passes)
     if semantics.floor is None:
         assert set(flat) == set(np.flatnonzero(passing.ravel()))
     order = fates.scores[~np.isnan(fates.scores)]

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from alignment.errors import AlignError
-from alignment.nms.semantics import DENSE_BELOW, FLOOR
+from alignment.nms.implementations import DENSE_BELOW, FLOOR
 from alignment.storage import writing
 from alignment.variant import Nms, Variant
 

@@ -44,7 +44,7 @@ Cause = Literal[
 #: The parameters in the order in which one side is turned into the other, each with the cause that it stands for.
 PATH: tuple[tuple[tuple[str, ...], Cause], ...] = (
     (("score_threshold",), "score_threshold"),
-    (("score_inclusive",), "score_threshold_edge"),
+    (("score_inclusive", "threshold_float32", "nan_passes"), "score_threshold_edge"),
     (("multi_label",), "multi_label"),
     (("background",), "background"),
     (("topk_unit",), "topk_unit"),

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from alignment.data.preprocess import Transform
-from alignment.nms.semantics import Semantics, mmyolo, run
+from alignment.nms.implementations import mmyolo
+from alignment.nms.semantics import Semantics, run
 from alignment.variant import Nms
 
 

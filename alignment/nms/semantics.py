@@ -1,32 +1,24 @@
 """What a post-processing makes of boxes and scores: which candidates it keeps, and what became of every other one.
 
-A `Semantics` says what one implementation does, `run` does it.  The functions below it are the implementations that
-deployments meet; a test holds each to the real thing.
+A `Semantics` says what one implementation does (those that deployments meet are in `implementations`), `run` does it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from alignment.data.preprocess import Transform
 from alignment.nms.rotated import rotated_iou_matrix
-from alignment.variant import Nms
 
-#: EfficientNMS_TRT below this score threshold sorts all pairs, and drops none: those under the threshold, and those of
-#: the background, only get `FLOOR` as score (efficientNMSInference.cu, `kernelSelectThreshold`).
-DENSE_BELOW, FLOOR = 0.007, -32768.0
-#: mmcv's batched_nms keeps classes apart by offsets up to so many boxes, and one by one from there on.
-SPLIT = 10000
 # Boxes settled at a time: intermediate arrays stay in the CPU's cache.
 _BLOCK = 128
 
 Unit = Literal["pairs", "anchors"]
-Classes = Literal["apart", "offset", "together"]
+Classes = Literal["apart", "offset", "offset_or_apart", "together"]
 Frame = Literal["original", "input"]
 
 
@@ -62,7 +54,8 @@ class Semantics:
         frame: whose pixels the IoU is taken in: of the network's ``input``, or of the ``original`` image.
         classes: ``apart``: other classes never suppress; ``offset``: the same by adding class × (largest coordinate
             + 1) to the boxes in their own type; ``together``: they do suppress.
-        split: with ``offset``, from how many boxes on classes are taken one by one all the same.
+        split: with ``offset``, from how many boxes on classes are taken one by one all the same; ``offset_or_apart``
+            also leaves the boxes where they are then.
         iou_threshold: compared in float32.
         iou_inclusive: whether a box goes whose IoU with a kept one is the threshold.
         reorder: whether x1 > x2 or y1 > y2 is mended before the IoU, and boxes without area overlap nothing.
@@ -163,97 +156,6 @@ def run(
     return Fates(rows if ranked is None else ranked[rows], labels, values, fates, by, iou)
 
 
-def mmyolo(nms: Nms) -> Semantics:
-    """mmyolo 0.6's ``predict_by_feat`` with mmdet's ``filter_scores_and_topk`` and mmcv 2.0's ``batched_nms``: a score
-    must exceed the threshold, `nms_pre` counts (row, class) pairs, boxes are those of the original image, classes are
-    kept apart by offsets; clipping comes last.
-
-    YOLOX's ``yolox_style`` lifts max_per_img: give `nms` a `max_per_image` as large as `nms_pre` then.
-    """
-    return Semantics(
-        score_threshold=nms.score_threshold,
-        iou_threshold=nms.iou_threshold,
-        multi_label=nms.multi_label,
-        topk=nms.nms_pre,
-        frame="original",
-        classes="offset",
-        split=SPLIT,
-        max_output=nms.max_per_image,
-    )
-
-
-def onnx_nms(score_threshold: float, iou_threshold: float, max_per_class: int) -> Semantics:
-    """ONNX's ``NonMaxSuppression`` (opset 11), as ONNX Runtime does it."""
-    return Semantics(score_threshold, iou_threshold, reorder=True, max_per_class=max_per_class)
-
-
-def inms_layer(
-    score_threshold: float, iou_threshold: float, max_per_class: int, candidate_cap: int = 5000
-) -> Semantics:
-    """TensorRT's INMSLayer, which it makes of ONNX's ``NonMaxSuppression`` from 8.5 on, over boxes as `prepared` makes
-    them: ONNX's semantics, of the candidates of highest score only (NvInfer.h, INMSLayer).  That a low threshold lets
-    scores pass that are no number, and float16 scores are compared in float32, was seen of 8.6.1.
-
-    Args:
-        score_threshold: 0, which a score must exceed, where the node gives none; ONNX then lets every score pass.
-        iou_threshold: the largest that is kept; 0 where the node gives none.
-        max_per_class: how many boxes of a class; of an image, all that are left.
-        candidate_cap: how many (row, class) pairs of an image; 2000 on compute capability 5.3 and 6.2.
-    """
-    return Semantics(
-        score_threshold,
-        iou_threshold,
-        threshold_float32=True,
-        nan_passes=score_threshold < DENSE_BELOW,
-        candidate_cap=candidate_cap,
-        reorder=True,
-        max_per_class=max_per_class,
-    )
-
-
-def efficient_nms(attributes: Mapping[str, Any], candidate_cap: int = 5000) -> Semantics:
-    """EfficientNMS_TRT with these attributes, over corners and scores as `prepared` makes them.
-
-    Args:
-        attributes: of the node.
-        candidate_cap: 4096 up to TensorRT 8.4, 5000 from 8.5 on, 2000 on GPUs of few registers.
-    """
-    threshold, logits = float(attributes["score_threshold"]), bool(attributes.get("score_activation", 0))
-    background = int(attributes.get("background_class", -1))
-    dense = threshold < DENSE_BELOW
-    if logits:
-        threshold = FLOOR if threshold <= 0 else float(_logit(threshold))
-    return Semantics(
-        score_threshold=threshold,
-        iou_threshold=float(attributes["iou_threshold"]),
-        score_inclusive=True,
-        nan_passes=dense,
-        background=background if background >= 0 else None,
-        floor=FLOOR if dense else None,
-        candidate_cap=candidate_cap,
-        classes="together" if attributes.get("class_agnostic", 0) else "apart",
-        iou_inclusive=True,
-        reorder=True,
-        max_output=int(attributes["max_output_boxes"]),
-    )
-
-
-def prepared(boxes: np.ndarray, box_coding: int) -> np.ndarray:
-    """Boxes as EfficientNMS_TRT compares and returns them: corners, whatever the coding, in their own type.
-
-    Of INMSLayer, and ONNX's ``center_point_box``, the same is assumed.
-    """
-    if box_coding == 0:
-        return boxes
-    half = boxes[..., 2:] * boxes.dtype.type(0.5)
-    return np.concatenate([boxes[..., :2] - half, boxes[..., :2] + half], -1)
-
-
-def _logit(score: float) -> np.float32:
-    one = np.float32(1)
-    return np.log(np.float32(score) / (one - np.float32(score)))
-
-
 def _passing(semantics: Semantics, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs that passed the threshold, and those that stay though they did not: flat index, score, fate so far."""
     classes, values = scores.shape[1], scores.ravel()
@@ -322,6 +224,8 @@ def _for_nms(
     if semantics.classes == "apart" or not len(boxes):
         return boxes, labels
     whole = semantics.split is not None and len(boxes) >= semantics.split
+    if whole and semantics.classes == "offset_or_apart":
+        return boxes, labels
     return with_class_offsets(boxes, labels), labels if whole else together
 
 

@@ -123,7 +123,11 @@ class TensorRTRunner(Runner):
                 raise AlignError(f"{self._path}: TensorRT cannot load its engine: {self._said()}", "clear ALIGN_CACHE")
             self._context = engine.create_execution_context()
             if self._context is None:
-                raise AlignError(f"{self._path}: no execution context: {self._said()}", "free memory on the GPU")
+                raise AlignError(
+                    f"{self._path}: no execution context: {self._said()}",
+                    "free memory on the GPU; or, for an output whose size depends on the data, export with a dynamic "
+                    "batch: 8.6 makes no context of such an engine without a profile",
+                )
             self._stream = cuda.Stream()
             inputs = []
             for index in range(engine.num_io_tensors):

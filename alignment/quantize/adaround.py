@@ -8,10 +8,12 @@ annealed.  Whole blocks at once: Li et al., "BRECQ" (2021).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+
+from alignment.errors import AlignError
 
 #: Ends of the rectified sigmoid, sigmoid(v) * (ZETA - GAMMA) + GAMMA clipped to [0, 1]; the paper's equation 23.
 ZETA, GAMMA = 1.1, -0.1
@@ -28,6 +30,8 @@ class Options:
         regularization: weight of the regularizer, against the squared error summed over channels.
         warmup: the part of the iterations before it begins.
         exponents: of the regularizer, annealed from the first to the second.
+        held_out: the part of the samples, the last, that is not optimized on: what was found is judged by it, as a
+            layer with more weights than samples fits these and nothing else.
         device: "cpu" or "cuda".
         seed: of the order of samples.
     """
@@ -38,6 +42,7 @@ class Options:
     regularization: float = 0.01
     warmup: float = 0.2
     exponents: tuple[float, float] = (20.0, 2.0)
+    held_out: float = 0.25
     device: str = "cpu"
     seed: int = 0
 
@@ -110,7 +115,7 @@ class Reconstruction:
 
     Attributes:
         name: of the unit.
-        nearest: mean squared error of its outputs, weights rounded to nearest.
+        nearest: mean squared error of its outputs on the samples held out, weights rounded to nearest.
         adaround: the same, weights rounded as found here.
         weights: by initializer, of whichever is less: each element a whole number of steps.
     """
@@ -135,11 +140,19 @@ def reconstruct(unit: Unit, options: Options | None = None) -> Reconstruction:
     """Finds the rounding of a unit's weights.
 
     Returns:
-        Weights of the lesser error on all samples; those to nearest where AdaRound does not lower it.
+        Weights of the lesser error on samples that were held out; those to nearest where AdaRound does not lower it.
+
+    Raises:
+        AlignError: for samples of which none are left to optimize on, or none to judge by.
     """
     options = options or Options()
     device = torch.device(options.device)
-    inputs, targets = unit.inputs.to(device), unit.targets.to(device)
+    learnt = len(unit.inputs) - round(options.held_out * len(unit.inputs))
+    if not 0 < learnt < len(unit.inputs):
+        raise AlignError(
+            f"{unit.name}: {len(unit.inputs)} samples, {learnt} of them to optimize on", "calibrate on more images"
+        )
+    inputs, targets = unit.inputs[:learnt].to(device), unit.targets[:learnt].to(device)
     scales = {name: scale.to(device) for name, scale in unit.scales.items()}
     plain = {name: nearest(w, unit.scales[name]) for name, w in unit.weights.items()}
     soft = [SoftRounding(w.to(device), scales[name]) for name, w in unit.weights.items()]
@@ -156,7 +169,8 @@ def reconstruct(unit: Unit, options: Options | None = None) -> Reconstruction:
         loss.backward()
         optimizer.step()
     found = {name: one.rounded().cpu() for name, one in zip(unit.weights, soft, strict=True)}
-    before, after = (error_of(unit, list(weights.values())) for weights in (plain, found))
+    judge = replace(unit, inputs=unit.inputs[learnt:], targets=unit.targets[learnt:])
+    before, after = (error_of(judge, list(weights.values())) for weights in (plain, found))
     return Reconstruction(unit.name, before, after, found if after < before else plain)
 
 

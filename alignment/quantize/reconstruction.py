@@ -23,8 +23,9 @@ from alignment.quantize.torch_model import QuantizedDetector, Quantizing
 if TYPE_CHECKING:
     from alignment.models.detector import Detector
 
-#: Over all images, how many places of a layer's output are sampled, and how wide a block's samples are.
-PLACES, WINDOW = 2048, 40
+#: Over all images, how many places of a layer's output are sampled, several times what a wide convolution has weights
+#: for one of its channels; and how wide a block's samples are.
+PLACES, WINDOW = 16384, 40
 #: How many of the calibration images are used.
 IMAGES = 32
 #: Windows that a block is given at once.

@@ -26,6 +26,8 @@ FACTOR = 3.0
 #: Half the width of the band around a golden AP; a result outside it, better or worse, fails.
 AP_MARGIN = 0.002
 MIN_LOSS, MIN_DELTA_AP = 0.001, 0.0005
+#: And where much differs, a multiple would allow anything: a rate may be worse by this much at most, and AP by that.
+MORE_LOSS, MORE_DELTA_AP = 0.05, 0.01
 #: The same two for int8: rounding to steps is not continuous, so that another CPU's last bits move whole steps.  Torch
 #: and ONNX Runtime, computing the same int8 graph, come to AP that differ by up to 0.003.
 INT8_AP_MARGIN, INT8_MIN_DELTA_AP = 0.005, 0.005
@@ -213,10 +215,13 @@ def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> Golde
 def _limit(name: Quantity, value: float, int8: bool = False) -> tuple[float, str]:
     """The limit that follows from a measured value, and how."""
     if name in MINIMA:
-        return max(0.0, round(1 - max(FACTOR * (1 - value), MIN_LOSS), 5)), (
-            f"measured {value:.5g}, loss × {FACTOR:g}, >= {MIN_LOSS}"
-        )
+        loss = min(max(FACTOR * (1 - value), MIN_LOSS), 1 - value + MORE_LOSS)
+        how = f"measured {value:.5g}, loss × {FACTOR:g}, >= {MIN_LOSS}, at most {MORE_LOSS} more"
+        return max(0.0, round(1 - loss, 5)), how
     if name in RATES:
         least = INT8_MIN_DELTA_AP if int8 else MIN_DELTA_AP
-        return float(f"{max(FACTOR * value, least):.2g}"), f"measured {value:.2g} × {FACTOR:g}, >= {least}"
+        limit = min(max(FACTOR * value, least), value + MORE_DELTA_AP)
+        return float(f"{limit:.2g}"), (
+            f"measured {value:.2g} × {FACTOR:g}, >= {least}, at most {MORE_DELTA_AP} more"
+        )
     return float(f"{FACTOR * value:.2g}"), f"measured {value:.3g} × {FACTOR:g}"

@@ -126,9 +126,23 @@ INT8 = {
         "a = Conv (x, w); b = Conv (x, w1); y = Mul (a, b); h = Conv (y, w9)", {"x": ["a", "b"]}, {("x",)}
     ),
     "residual": Int8(
-        "c = Conv (x, w); s = Sigmoid (c); m = Mul (s, c); y = Add (m, x); h = Conv (y, w9)",
+        "c = Conv (x, w); y = Add (c, x); h = Conv (y, w9)",
         {"x": ["c", "y"]},
         {("x",)},
+    ),
+    # SiLU is computed with the convolution, the Add is not: it reads int8 on both sides.
+    "residual: behind an activation": Int8(
+        "c = Conv (x, w); s = Sigmoid (c); m = Mul (s, c); y = Add (m, x); h = Conv (y, w9)",
+        {"x": ["c", "y"], "m": ["y"]},
+        {("x",), ("m",)},
+    ),
+    "residual: one behind an activation": Int8(
+        "a = Conv (x, w); r = Relu (a); b = Conv (x, w1); y = Add (b, r); h = Conv (y, w9)",
+        {"x": ["a", "b"], "r": ["y"]},
+        {("x",), ("r",)},
+    ),
+    "residual: no convolution": Int8(
+        "e = Exp (x); y = Add (e, x); c = Conv (y, w); h = Conv (c, w9)", {"y": ["c"]}, {("y",)}
     ),
     "residual: two convolutions": Int8(
         "a = Conv (x, w); b = Conv (x, w1); y = Add (b, a); h = Conv (y, w9)",
@@ -233,7 +247,10 @@ def test_weight_axis(node, axis, shape):
 def test_fused_activation(activation, policy):
     constants = {"three": np.float32(3), "zero": np.float32(0), "six": np.float32(6), "w2": (32, 1, 1)}
     model = tiny(f"c = Conv (x, w); {activation}; z = Add (y, x); h = Conv (z, w9); i = Conv (h, w8)", **constants)
-    expected = {"tensorrt": {"x": ["c", "z"], "z": ["h"]}, "conv-only": {"x": ["c"], "z": ["h"], "h": ["i"]}}
+    expected = {
+        "tensorrt": {"x": ["c", "z"], "y": ["z"], "z": ["h"]},
+        "conv-only": {"x": ["c"], "z": ["h"], "h": ["i"]},
+    }
     assert reads(place(model, policy)) == expected[policy]
 
 
@@ -328,8 +345,9 @@ def assert_sound(graph: OnnxGraph, placement: Placement) -> None:
         if graph.learnt(node):
             assert slots == ([] if node.name in placement.float_nodes else [0])
         elif node.op_type == "Add" and placement.policy == "tensorrt":
-            assert len(slots) <= 1
-            assert not slots or graph.order(node.input[1 - slots[0]]) >= 0
+            makers = [graph.makers.get(tensor) for tensor in node.input]
+            fused = any(m is not None and m.name in {w.node for w in placement.weights} for m in makers)
+            assert len(slots) == 1 if fused else len(slots) in (0, 2)
         elif node.op_type == "Concat" and slots:
             joined = {group[name] for name in (*node.input, *node.output) if name in group}
             assert len(slots) == len(node.input)

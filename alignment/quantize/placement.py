@@ -1,9 +1,9 @@
 """Which tensors of a graph get a quantizer, and for which readers: the QDQ placement rules, without scales.
 
 A Q/DQ pair tells TensorRT what may run in int8, and keeps it from fusing the nodes on its two sides.  So a pair goes
-where a convolution reads its input, on the skip branch of a residual Add, and around nodes that only move values; never
-between a convolution and the activation or Add that it fuses with.  Nodes that move values have one scale before and
-after them, or TensorRT would have to requantize there.
+where a convolution reads its input, on the branches of a residual Add that no convolution computes it with, and around
+nodes that only move values; never between a convolution and the activation or Add that it fuses with.  Nodes that move
+values have one scale before and after them, or TensorRT would have to requantize there.
 
 `FLOAT_RULES` say which nodes stay float, `INT8_RULES` which inputs the others read in int8.
 """
@@ -38,8 +38,8 @@ class Policy:
         depthwise: whether depthwise convolutions are quantized.
         heads: whether convolutions are that no other follows, so that decoding reads what they give.
         one_pixel: whether convolutions are that read one pixel, behind a global average.
-        residual: the inputs of an Add that are quantized: none; the skip branch, where the convolution of the other
-            is quantized; or both.
+        residual: the inputs of an Add that are quantized beside a quantized convolution: none; those that the Add is
+            not fused with, see `_residual`; or both, whatever they come from.
         moving: whether Concat and nodes that move values run in int8, at one scale: never; where something reads their
             output in int8; or always.
         averaging: whether average pooling runs in int8.
@@ -50,7 +50,7 @@ class Policy:
     depthwise: bool = True
     heads: bool = True
     one_pixel: bool = True
-    residual: Literal["none", "skip", "both"] = "none"
+    residual: Literal["none", "unfused", "both"] = "none"
     moving: Literal["never", "wanted", "always"] = "never"
     averaging: bool = False
 
@@ -58,7 +58,7 @@ class Policy:
 #: ``tensorrt``: for fused int8 with few reformats.  ``conv-only``: every convolution for itself, as is often done.
 #: ``full``: all that TensorRT could run in int8.
 POLICIES: dict[str, Policy] = {
-    "tensorrt": Policy("tensorrt", min_channels=16, heads=False, one_pixel=False, residual="skip", moving="wanted"),
+    "tensorrt": Policy("tensorrt", min_channels=16, heads=False, one_pixel=False, residual="unfused", moving="wanted"),
     "conv-only": Policy("conv-only"),
     "full": Policy("full", residual="both", moving="always", averaging=True),
 }
@@ -131,9 +131,9 @@ class Scene:
         readers = self.graph.readers
         return any((reader.name, index) in self.int8 for name in node.output for reader, index in readers.get(name, ()))
 
-    def fuses(self, tensor: str) -> bool:
-        """Whether a tensor comes from a quantized convolution, through its activation or not."""
-        maker = self.graph.makers.get(self.graph.before_activation(tensor))
+    def convolved(self, tensor: str) -> bool:
+        """Whether a tensor is what a quantized convolution gives, before any activation."""
+        maker = self.graph.makers.get(tensor)
         return maker is not None and self.graph.learnt(maker) and maker.name not in self.float_nodes
 
 
@@ -209,16 +209,24 @@ def _weighted(scene: Scene, node: NodeProto) -> Iterable[int]:
 
 
 def _residual(scene: Scene, node: NodeProto) -> Iterable[int]:
+    """TensorRT computes an Add with the convolution that gives one of its inputs, and reads the other, the skip branch.
+
+    Where an activation stands between, it computes that with the convolution instead, and the Add by itself: with one
+    input left in float, that convolution would write float, and its activation be a kernel of its own.
+    """
     if node.op_type != "Add" or not all(map(scene.graph.is_activation, node.input)):
         return ()
     if scene.policy.residual == "both":
         return (0, 1)
-    fused = [index for index, tensor in enumerate(node.input) if scene.fuses(tensor)]
-    if scene.policy.residual == "none" or not fused:
+    if scene.policy.residual == "none":
         return ()
-    # An Add is computed with one convolution, the last before it: the other branch has been written by then.
-    last = max(fused, key=lambda index: scene.graph.order(node.input[index]))
-    return (1 - last,)
+    direct = [index for index, tensor in enumerate(node.input) if scene.convolved(tensor)]
+    if direct:
+        # The last convolution before it: the other branch has been written by then.
+        last = max(direct, key=lambda index: scene.graph.order(node.input[index]))
+        return (1 - last,)
+    activated = any(scene.convolved(scene.graph.before_activation(tensor)) for tensor in node.input)
+    return (0, 1) if activated else ()
 
 
 def _concat(scene: Scene, node: NodeProto) -> Iterable[int]:
@@ -245,7 +253,7 @@ def _averaging(scene: Scene, node: NodeProto) -> Iterable[int]:
 
 INT8_RULES = (
     Int8Rule("weighted", _weighted, "convolutions and matrix products are what int8 makes fast"),
-    Int8Rule("residual", _residual, "the skip branch is read in int8, the other stays in the convolution's registers"),
+    Int8Rule("residual", _residual, "read in int8, but for what stays in the registers of a convolution that adds it"),
     Int8Rule("concat", _concat, "at one scale, its inputs are written where they belong", one_scale=True),
     Int8Rule("moving", _moving, "int8 is a quarter to move, at one scale it stays as it is", one_scale=True),
     Int8Rule("averaging", _averaging, "TensorRT has int8 kernels for it"),

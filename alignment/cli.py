@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -179,9 +179,14 @@ def quantize(
     bias_correction: Annotated[bool | None, typer.Option(help="take mean errors off biases")] = None,
     equalization: Annotated[bool | None, typer.Option(help="scale channels between convolutions")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images that go through ONNX Runtime at once")] = 1,
+    ranges: Annotated[
+        Path | None, typer.Option(help="a TensorRT calibration cache, whose ranges are taken for the tensors it names")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where weights are searched for")] = "cpu",
     data: Data = None,
 ) -> None:
     """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
+    from alignment.engine.int8 import ranges_in_cache
     from alignment.quantize import recipe
     from alignment.quantize.trouble import troubles
 
@@ -197,8 +202,9 @@ def quantize(
         "equalization": equalization,
     }
     chosen = with_quantization(load_variant(variant), {k: v for k, v in asked.items() if v is not None})
+    given = None if ranges is None else ranges_in_cache(_text(ranges))
     with _stages(chosen.name) as show:
-        found = recipe.quantize(chosen, data, batch, show)
+        found = recipe.quantize(chosen, data, batch, show, device, given)
     known = _modules(chosen)
     for trouble in troubles(found, known):
         out.print(f"[yellow]{escape(str(trouble))}[/]")
@@ -213,6 +219,13 @@ def quantize(
         f"bound to float, {len(found.ranges)} ranges from {found.calibration.images} images",
         markup=False,
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlignError(f"{path}: {error}", "give a TensorRT calibration cache") from None
 
 
 def _modules(variant: Variant) -> dict[str, str]:

@@ -221,7 +221,5 @@ def _limit(name: Quantity, value: float, int8: bool = False) -> tuple[float, str
     if name in RATES:
         least = INT8_MIN_DELTA_AP if int8 else MIN_DELTA_AP
         limit = min(max(FACTOR * value, least), value + MORE_DELTA_AP)
-        return float(f"{limit:.2g}"), (
-            f"measured {value:.2g} × {FACTOR:g}, >= {least}, at most {MORE_DELTA_AP} more"
-        )
+        return float(f"{limit:.2g}"), (f"measured {value:.2g} × {FACTOR:g}, >= {least}, at most {MORE_DELTA_AP} more")
     return float(f"{FACTOR * value:.2g}"), f"measured {value:.3g} × {FACTOR:g}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from alignment import __version__
 from alignment.case import Case
-from alignment.data.samples import Samples, dataset_root, images_mend, open_samples
+from alignment.data.samples import Samples, calibration_annotations, dataset_root, images_mend, open_samples
 from alignment.engine import capabilities
 from alignment.errors import AlignError
 from alignment.pipeline import RunOptions, align_live, explain_tf32, skipped
@@ -48,7 +48,7 @@ def run_cases(
     why_not_live = unavailable(variant, options.data)
     live, recorded, results = [], [], {}
     for case in cases:
-        reason = why_not_live or (why_no_trt if case.backend == "tensorrt" else None) or _lacks(case)
+        reason = why_not_live or (why_no_trt if case.backend == "tensorrt" else None) or _lacks(variant, case, options)
         if reason is None:
             live.append(case)
         elif case.backend == "tensorrt" and has_record(golden, case):
@@ -82,10 +82,15 @@ def run_cases(
     return ordered, seconds, dataset
 
 
-def _lacks(case: Case) -> str | None:
-    """The package that a case needs and that is not installed."""
-    if case.backend == "torch" and case.precision == "int8" and find_spec("pytorch_quantization") is None:
+def _lacks(variant: Variant, case: Case, options: SessionOptions) -> str | None:
+    """What an int8 case needs beside weights and images: the package for it in torch, images to calibrate on."""
+    if case.precision != "int8":
+        return None
+    if case.backend == "torch" and find_spec("pytorch_quantization") is None:
         return f"pytorch-quantization is not installed: {QUANTIZATION_MEND}"
+    annotations = calibration_annotations(variant, options.data)
+    if annotations is not None and not annotations.is_file():
+        return f"{annotations}: no such file: int8 is calibrated on the training images, put them there"
     return None
 
 

@@ -75,6 +75,10 @@ class Nms(Strict):
     multi_label: bool = True
 
 
+#: Raise it when the same recipe comes to mean another graph: int8 records are then stale.
+RECIPE_MEANING = 2
+
+
 class Quantization(Strict):
     """The recipe by which a variant goes to int8.
 
@@ -99,8 +103,8 @@ class Quantization(Strict):
     equalization: bool = False
 
     def fingerprint(self) -> str:
-        """16 hex digits over all that the recipe says; a field counts where it is not at its default."""
-        fields = self.model_dump(mode="json", exclude_defaults=True)
+        """16 hex digits over all that the recipe says, and what it means."""
+        fields = {"meaning": RECIPE_MEANING, **self.model_dump(mode="json")}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -15,9 +15,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
 
+from alignment.cli import app
 from alignment.data.samples import Samples, open_samples
-from alignment.engine.int8 import read_cache
+from alignment.engine.int8 import ranges_in_cache, read_cache
 from alignment.errors import AlignError
 from alignment.export.onnx_export import exported
 from alignment.quantize import calibrate as module
@@ -417,23 +419,26 @@ class TestRoutes:
 
 
 class TestSave:
-    def test_four_files_that_agree(self, yolov8, tmp_path):
+    def test_files_that_agree(self, yolov8, tmp_path):
         quantized = yolov8.quantized
         paths = quantized.save(tmp_path / "new", "tiny")
-        names = ["tiny.qdq.onnx", "tiny.ranges.json", "tiny.calibration", "tiny.scales.json"]
+        names = ["tiny.qdq.onnx", "tiny.float.onnx", "tiny.ranges.json", "tiny.calibration", "tiny.scales.json"]
         assert paths == [tmp_path / "new" / name for name in names]
         assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(names)
         activation_scales, weight_scales = fake_quantizers(onnx.load(paths[0]))
-        ranges = json.loads(paths[1].read_text())
-        cached = read_cache(paths[2].read_text())
-        scales = json.loads(paths[3].read_text())
+        assert onnx.load(paths[1]) == onnx.load(quantized.source)
+        ranges = json.loads(paths[2].read_text())
+        cached = read_cache(paths[3].read_text())
+        scales = json.loads(paths[4].read_text())
         assert ranges == dict(quantized.ranges)
         assert list(cached) == list(ranges)
         assert {n: e["scale"] for n, e in scales["activations"].items() if "scale" in e} == activation_scales
         assert {n: e["amax"] for n, e in scales["activations"].items() if e["amax"] > 0} == ranges
-        assert {n: np.float32(s).tolist() for n, s in scales["weights"].items()} == {
+        assert {n: np.float32(e["scales"]).tolist() for n, e in scales["weights"].items()} == {
             n: s.tolist() for n, s in weight_scales.items()
         }
+        places = [(q.initializer, q.node, q.axis) for q in quantized.placement.weights]
+        assert [(n, e["node"], e["axis"]) for n, e in scales["weights"].items()] == places
         for name, entry in scales["activations"].items():
             statistics = quantized.calibration.tensors[name]
             assert (entry["minimum"], entry["maximum"]) == (statistics.minimum, statistics.maximum)
@@ -442,7 +447,8 @@ class TestSave:
             entry = scales["activations"][place.tensor]
             assert (entry["group"], entry["rule"]) == (place.group, place.rule)
         assert scales["identity"] == quantized.calibration.identity
-        assert (scales["policy"], scales["adaround"]) == (quantized.placement.policy, [])
+        assert scales["recipe"] == yolov8.variant.quantization.model_dump(mode="json")
+        assert scales["adaround"] == []
         assert scales["float_nodes"] == quantized.placement.float_nodes
 
     def test_the_graph_is_valid(self, yolov8, tmp_path):
@@ -452,3 +458,74 @@ class TestSave:
     def test_the_cache_names_its_version(self, yolov8):
         assert yolov8.quantized.cache().startswith("TRT-8601-EntropyCalibration2\nimages: ")
         assert yolov8.quantized.cache("10.13.3").startswith("TRT-101303-EntropyCalibration2\n")
+
+
+class TestRangesOfAnother:
+    """A TensorRT calibration cache in place of what was calibrated."""
+
+    def test_its_scales_are_in_the_graph_to_one_ulp(self, yolov8):
+        cache = recipe.quantize(with_quantization(yolov8.variant, {"method": "entropy"})).cache()
+        found = recipe.quantize(yolov8.variant, ranges=ranges_in_cache(cache))
+        assert found.calibration.identity == yolov8.quantized.calibration.identity
+        assert found.scales != yolov8.quantized.scales
+        scales = read_cache(cache)
+        for name, scale in found.scales.items():
+            ulp = np.spacing(np.float32(scales[name]))
+            assert abs(np.float32(scale) - np.float32(scales[name])) <= ulp
+
+    def test_a_tensor_that_it_does_not_name_keeps_its_own(self, yolov8):
+        found = recipe.quantize(yolov8.variant, ranges={"images": 2.0})
+        assert found.amax["images"] == 2.0
+        assert {n for n, a in found.amax.items() if a != yolov8.quantized.amax[n]} == {"images"}
+
+    def test_one_of_another_model_is_refused(self, yolov8):
+        with pytest.raises(AlignError, match=r"none of its tensors is among the 1 ranges"):
+            recipe.quantize(yolov8.variant, ranges={"elsewhere": 2.0})
+
+
+class TestCommand:
+    @pytest.fixture
+    def quick(self, tmp_path):
+        """The command on a variant that calibrates on 2 images."""
+        pytest.importorskip("mmyolo")
+        return ["quantize", "yolov8_embedded", "--images", "2", "--out", str(tmp_path / "out")]
+
+    def test_it_says_what_it_did(self, quick, tmp_path):
+        done = CliRunner().invoke(app, [*quick, "--keep-float", "/detector/backbone/stem/*", "--method", "percentile"])
+        assert done.exit_code == 0, done.output
+        assert len(list((tmp_path / "out").iterdir())) == 5
+        assert "ranges from 2 images" in done.output
+        report = json.loads((tmp_path / "out" / "yolov8_embedded.scales.json").read_text())
+        assert (report["recipe"]["method"], report["recipe"]["images"]) == ("percentile", 2)
+        assert any(why.startswith("keep-float") for why in report["float_nodes"].values())
+
+    def test_adaround_that_does_not_help_is_told(self, quick, monkeypatch):
+        pytest.importorskip("pytorch_quantization")
+        from alignment.quantize import adaround, reconstruction
+
+        monkeypatch.setattr(reconstruction, "PLACES", 64)
+        monkeypatch.setattr(adaround.Options, "__init__", _options(iterations=3, rate=10.0))
+        keep = [word for stage in ("stem", "stage1", "stage2", "stage3") for word in ("--keep-float", f"*/{stage}/*")]
+        keep += ["--keep-float", "/detector/bbox_head/*"]
+        done = CliRunner().invoke(app, [*quick, "--rounding", "adaround", *keep, "--keep-float", "*/neck/*"])
+        assert done.exit_code == 0, done.output
+        assert "AdaRound does not lower its error: rounded to nearest" in done.output
+
+    def test_ranges_that_are_no_cache_exit_2(self, quick, tmp_path):
+        (tmp_path / "cache").write_text("images: 3c010a14")
+        done = CliRunner().invoke(app, [*quick, "--ranges", str(tmp_path / "cache")])
+        assert done.exit_code == 2
+        assert "not a TensorRT calibration cache" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def _options(**changes):
+    """`Options` with other defaults."""
+    from alignment.quantize.adaround import Options
+
+    own = Options.__init__
+
+    def init(self, **given):
+        own(self, **{**changes, **given})
+
+    return init

@@ -19,6 +19,8 @@ from alignment.errors import AlignError
 from alignment.storage import data_dir
 from alignment.variant import Variant
 
+#: The split that detectors were trained on, and that int8 is calibrated on: scores are taken on the other one.
+CALIBRATION_SPLIT = "train2017"
 #: Below ``ALIGN_DATA``.
 FOLDERS = {"coco": "coco", "dota": "dota8"}
 
@@ -81,6 +83,12 @@ def dataset_root(variant: Variant, data: Path | None = None) -> Path | None:
         return data
     default = data_dir() / FOLDERS[variant.dataset]
     return default if default.is_dir() else None
+
+
+def calibration_annotations(variant: Variant, data: Path | None = None) -> Path | None:
+    """The annotation file of the images that int8 is calibrated on; None of a set that is drawn or has no splits."""
+    root = dataset_root(variant, data) if variant.dataset == "coco" else None
+    return None if root is None else root / "annotations" / f"instances_{CALIBRATION_SPLIT}.json"
 
 
 def images_mend(variant: Variant) -> str:

@@ -70,11 +70,19 @@ def read_cache(text: str) -> dict[str, float]:
     return found
 
 
+def ranges_in_cache(text: str) -> dict[str, float]:
+    """The largest magnitude of each tensor, 127 × its scale, in a TensorRT calibration cache; without those of 0.
+
+    Raises AlignError for what is none.
+    """
+    return {name: float(np.float32(scale) * np.float32(127)) for name, scale in read_cache(text).items() if scale > 0}
+
+
 def set_ranges(network: Any, amax: Mapping[str, float], ability: Capabilities) -> list[str]:
     """Gives every float tensor of a network its range.
 
-    Tensors that TensorRT's parser adds on the way, constants and reshaped ones, have none in `amax`: a constant's is
-    that of its values, one that only moves data has its input's.
+    Tensors that TensorRT's parser adds on the way have none in `amax`: one that only moves data takes its input's;
+    constants stay without, as a node that reads one beside a tensor, decoding above all, runs in float.
 
     Returns:
         Names of the float tensors that are left without; TensorRT runs what touches them in float.

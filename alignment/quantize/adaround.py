@@ -146,21 +146,19 @@ def reconstruct(unit: Unit, options: Options | None = None) -> Reconstruction:
         AlignError: for samples of which none are left to optimize on, or none to judge by.
     """
     options = options or Options()
-    device = torch.device(options.device)
     learnt = len(unit.inputs) - round(options.held_out * len(unit.inputs))
     if not 0 < learnt < len(unit.inputs):
         raise AlignError(
             f"{unit.name}: {len(unit.inputs)} samples, {learnt} of them to optimize on", "calibrate on more images"
         )
-    inputs, targets = unit.inputs[:learnt].to(device), unit.targets[:learnt].to(device)
-    scales = {name: scale.to(device) for name, scale in unit.scales.items()}
-    plain = {name: nearest(w, unit.scales[name]) for name, w in unit.weights.items()}
-    soft = [SoftRounding(w.to(device), scales[name]) for name, w in unit.weights.items()]
+    unit = _moved(unit, torch.device(options.device))
+    inputs, targets = unit.inputs[:learnt], unit.targets[:learnt]
+    soft = [SoftRounding(weight, unit.scales[name]) for name, weight in unit.weights.items()]
     optimizer = torch.optim.Adam([one.variable for one in soft], options.rate)
     order = torch.Generator().manual_seed(options.seed)
     first = int(options.warmup * options.iterations)
     for step in range(options.iterations):
-        chosen = torch.randint(len(inputs), (min(options.batch, len(inputs)),), generator=order).to(device)
+        chosen = torch.randint(len(inputs), (min(options.batch, len(inputs)),), generator=order).to(inputs.device)
         optimizer.zero_grad()
         outputs = unit.forward(inputs[chosen], [one() for one in soft])
         loss = (outputs - targets[chosen]).square().sum(1).mean()
@@ -168,10 +166,20 @@ def reconstruct(unit: Unit, options: Options | None = None) -> Reconstruction:
             loss = loss + options.regularization * sum(one.undecided(_annealed(step, first, options)) for one in soft)
         loss.backward()
         optimizer.step()
-    found = {name: one.rounded().cpu() for name, one in zip(unit.weights, soft, strict=True)}
+    plain = {name: nearest(weight, unit.scales[name]) for name, weight in unit.weights.items()}
+    found = {name: one.rounded() for name, one in zip(unit.weights, soft, strict=True)}
     judge = replace(unit, inputs=unit.inputs[learnt:], targets=unit.targets[learnt:])
     before, after = (error_of(judge, list(weights.values())) for weights in (plain, found))
-    return Reconstruction(unit.name, before, after, found if after < before else plain)
+    better = found if after < before else plain
+    return Reconstruction(unit.name, before, after, {name: weight.cpu() for name, weight in better.items()})
+
+
+def _moved(unit: Unit, device: torch.device) -> Unit:
+    """The same on another device; what `forward` closes over has to be there already."""
+    weights, scales = (
+        {name: tensor.to(device) for name, tensor in tensors.items()} for tensors in (unit.weights, unit.scales)
+    )
+    return replace(unit, inputs=unit.inputs.to(device), targets=unit.targets.to(device), weights=weights, scales=scales)
 
 
 def error_of(unit: Unit, weights: list[Tensor], batch: int = 256) -> float:

@@ -14,8 +14,9 @@ import onnx
 import onnx.version_converter
 from onnx import numpy_helper
 
-from alignment.data.samples import Samples, open_samples
+from alignment.data.samples import CALIBRATION_SPLIT, Samples, open_samples
 from alignment.engine.int8 import write_cache
+from alignment.errors import AlignError
 from alignment.export.onnx_export import exported, file_digest
 from alignment.quantize.calibrate import Calibration, calibrate, identity_of
 from alignment.quantize.equalization import equalize
@@ -26,8 +27,6 @@ from alignment.storage import cache_dir, locked, writing
 from alignment.variant import Quantization, Variant
 
 Progress = Callable[[str, int, int], None]
-#: The split that detectors were trained on: scores are taken on the other one.
-SPLIT = "train2017"
 #: TensorRT whose name a calibration cache carries unless another is asked for.
 CACHE_VERSION = "8.6.1"
 
@@ -46,6 +45,7 @@ class Quantized:
     """A quantized variant.
 
     Attributes:
+        recipe: what it was made by.
         source: the float32 ONNX file, as exported, or equalized and with weights that were searched for.
         model: the same with QDQ nodes.
         placement: where these are.
@@ -56,6 +56,7 @@ class Quantized:
         units: what AdaRound came to, layer by layer or block by block.
     """
 
+    recipe: Quantization
     source: Path
     model: onnx.ModelProto
     placement: Placement
@@ -75,16 +76,21 @@ class Quantized:
         return write_cache(dict(self.ranges), version)
 
     def save(self, folder: Path, name: str) -> list[Path]:
-        """Writes ``<name>.qdq.onnx``, ``<name>.ranges.json``, ``<name>.calibration`` (a TensorRT calibration cache)
-        and ``<name>.scales.json`` (every scale with its statistics); returns their paths."""
+        """Writes the graphs and all that belongs to them, and returns the paths.
+
+        ``<name>.qdq.onnx``; ``<name>.float.onnx``, the graph without QDQ nodes that ranges and cache are for;
+        ``<name>.ranges.json``; ``<name>.calibration``, a TensorRT calibration cache; ``<name>.scales.json``, every
+        scale with its statistics.
+        """
         texts = {
             f"{name}.ranges.json": json.dumps(dict(self.ranges), indent=1),
             f"{name}.calibration": self.cache(),
             f"{name}.scales.json": json.dumps(self.report(), indent=1),
         }
-        paths = [folder / f"{name}.qdq.onnx"]
-        with writing(paths[0]) as temporary:
-            onnx.save(self.model, temporary)
+        paths = [folder / f"{name}.qdq.onnx", folder / f"{name}.float.onnx"]
+        for path, model in zip(paths, (self.model, onnx.load(self.source)), strict=True):
+            with writing(path) as temporary:
+                onnx.save(model, temporary)
         for file_name, text in texts.items():
             paths.append(folder / file_name)
             with writing(paths[-1]) as temporary:
@@ -97,13 +103,20 @@ class Quantized:
         activations = {}
         for name, statistics in self.calibration.tensors.items():
             entry: dict[str, Any] = {"amax": self.amax[name], "minimum": statistics.minimum}
-            entry |= {"maximum": statistics.maximum, "elements": statistics.elements}
+            entry |= {"maximum": statistics.maximum, "average": statistics.average, "elements": statistics.elements}
             if name in places:
                 entry |= {"scale": float(self.scales[name]), "group": places[name].group, "rule": places[name].rule}
             activations[name] = entry
-        weights = {name: [float(s) for s in scales] for name, scales in self.weight_scales.items()}
+        weights = {
+            quantizer.initializer: {
+                "node": quantizer.node,
+                "axis": quantizer.axis,
+                "scales": [float(scale) for scale in self.weight_scales[quantizer.initializer]],
+            }
+            for quantizer in self.placement.weights
+        }
         return {
-            "policy": self.placement.policy,
+            "recipe": self.recipe.model_dump(mode="json"),
             "identity": self.calibration.identity,
             "float_nodes": self.placement.float_nodes,
             "activations": activations,
@@ -120,10 +133,17 @@ def calibration_path(variant: Variant, identity: Mapping[str, Any]) -> Path:
 
 def calibration_samples(variant: Variant, data: Path | None = None) -> Samples:
     """The images that a variant is calibrated on."""
-    return open_samples(variant, data, variant.quantization.images, SPLIT)
+    return open_samples(variant, data, variant.quantization.images, CALIBRATION_SPLIT)
 
 
-def quantize(variant: Variant, data: Path | None = None, batch: int = 1, progress: Progress | None = None) -> Quantized:
+def quantize(
+    variant: Variant,
+    data: Path | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+    device: str = "cpu",
+    ranges: Mapping[str, float] | None = None,
+) -> Quantized:
     """Calibrates where that was not done yet, places quantizers, finds weights, and writes all into the graph.
 
     Args:
@@ -131,6 +151,8 @@ def quantize(variant: Variant, data: Path | None = None, batch: int = 1, progres
         data: COCO-layout root, for variants on COCO.
         batch: images that go through ONNX Runtime at once.
         progress: called with what is being done, how many are done, and all.
+        device: of torch, where weights are searched for: "cpu" or "cuda".
+        ranges: largest magnitude by tensor, in place of the calibrated one: those of another tool's calibration.
 
     Raises:
         AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have.
@@ -143,10 +165,10 @@ def quantize(variant: Variant, data: Path | None = None, batch: int = 1, progres
     observed = source if recipe.calibration == "separate" else _with_int8_weights(source, variant)
     path = calibration_path(variant, identity_of(observed, samples))
     move = (lambda done: progress("calibration", done, len(samples))) if progress else None
-    found = apply(source, recipe, calibrate(observed, samples, path, batch, move))
+    found = apply(source, recipe, calibrate(observed, samples, path, batch, move), ranges)
     if recipe.rounding == "nearest" and not recipe.bias_correction:
         return found
-    return _improved(variant, found, samples, progress)
+    return _improved(variant, found, samples, progress, device)
 
 
 def _with_scales_of_channels(source: Path, name: str) -> Path:
@@ -170,23 +192,34 @@ def _with_int8_weights(source: Path, variant: Variant) -> Path:
     return graph_file(with_weights(model, values, {}), f"{variant.name}.weights")
 
 
-def _improved(variant: Variant, found: Quantized, samples: Samples, progress: Progress | None) -> Quantized:
+def _improved(
+    variant: Variant, found: Quantized, samples: Samples, progress: Progress | None, device: str
+) -> Quantized:
     """The same with weights and biases that were searched for, once: they are kept in the cache."""
-    from alignment.quantize.reconstruction import improve
+    import torch
+
+    from alignment.quantize import reconstruction
+    from alignment.quantize.adaround import Options
     from alignment.quantize.torch_model import float_detector, quantized_detector
 
-    recipe = variant.quantization
-    key = json.dumps([found.calibration.identity, recipe.fingerprint(), file_digest(found.source)], sort_keys=True)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise AlignError(f"--device {device}: torch {torch.__version__} finds no GPU", "leave it at cpu")
+    recipe, options = variant.quantization, Options(device=device)
+    searched = [asdict(options), reconstruction.IMAGES, reconstruction.PLACES, reconstruction.WINDOW, torch.__version__]
+    scales = {name: float(scale) for name, scale in found.scales.items()}
+    known = [found.calibration.identity, recipe.fingerprint(), file_digest(found.source), scales, searched]
+    key = json.dumps(known, sort_keys=True)
     path = cache_dir() / "weights" / f"{variant.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     with locked(path):
         if not path.is_file():
-            better = improve(
+            better = reconstruction.improve(
                 float_detector(variant, found.source),
                 quantized_detector(variant, found),
                 (sample.tensor[None] for sample in samples),
                 recipe.rounding,
                 recipe.bias_correction,
-                progress=(lambda done, total: progress(recipe.rounding, done, total)) if progress else None,
+                options,
+                (lambda done, total: progress(recipe.rounding, done, total)) if progress else None,
             )
             units = [[unit.name, unit.nearest, unit.adaround] for unit in better.units]
             arrays = {f"weights/{name}": value for name, value in better.weights.items()}
@@ -209,11 +242,20 @@ def _improved(variant: Variant, found: Quantized, samples: Samples, progress: Pr
     )
 
 
-def apply(source: Path, recipe: Quantization, calibration: Calibration) -> Quantized:
-    """The quantized graph that follows from a calibration."""
+def apply(
+    source: Path, recipe: Quantization, calibration: Calibration, ranges: Mapping[str, float] | None = None
+) -> Quantized:
+    """The quantized graph that follows from a calibration; `ranges` go before what was calibrated.
+
+    Raises:
+        AlignError: for ranges of which no tensor of the graph has one, and for scales that int8 cannot have.
+    """
     model = onnx.load(source)
     placement = place(model, recipe.policy, recipe.keep_float)
     amax = calibration.amax(recipe.method)
+    if ranges is not None and not amax.keys() & ranges.keys():
+        raise AlignError(f"{source}: none of its tensors is among the {len(ranges)} ranges", "give those of this model")
+    amax |= {name: value for name, value in (ranges or {}).items() if name in amax}
     amax |= group_amax(placement, amax)
     scales = {q.tensor: scale_of(amax[q.tensor]) for q in placement.activations}
     weights = {weight.name: weight for weight in model.graph.initializer}
@@ -222,7 +264,7 @@ def apply(source: Path, recipe: Quantization, calibration: Calibration) -> Quant
         for q in placement.weights
     }
     quantized = write_qdq(model, placement, scales, weight_scales)
-    return Quantized(source, quantized, placement, amax, scales, weight_scales, calibration)
+    return Quantized(recipe, source, quantized, placement, amax, scales, weight_scales, calibration)
 
 
 def with_weights(

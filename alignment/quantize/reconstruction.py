@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alignment.errors import AlignError
 from alignment.quantize.adaround import Options, Reconstruction, Unit, nearest, reconstruct
 from alignment.quantize.torch_model import QuantizedDetector, Quantizing
 
@@ -51,16 +52,17 @@ class _Layer:
         chosen = torch.randint(height * width, (count,), generator=generator)
         rows, columns = chosen // width, chosen % width
         conv = self.module
-        (down, right), (kh, kw) = conv.stride, conv.kernel_size
+        (down, right), (dy, dx) = conv.stride, conv.dilation
+        reach_y, reach_x = ((k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
         (pad_y, pad_x) = conv.padding if not isinstance(conv.padding, str) else (0, 0)
-        windows = functional.pad(read, (pad_x, pad_x, pad_y, pad_y)).unfold(2, kh, down).unfold(3, kw, right)
+        padded = functional.pad(read, (pad_x, pad_x, pad_y, pad_y))
+        windows = padded.unfold(2, reach_y, down).unfold(3, reach_x, right)[..., ::dy, ::dx]
         inputs = windows[0, :, rows, columns].transpose(0, 1).contiguous()
         return inputs, gave[0, :, rows, columns].T[:, :, None, None].contiguous()
 
     def run(self, inputs: Tensor, weight: Tensor) -> Tensor:
         """The convolution of windows, without the activation."""
-        bias = None if self.module.bias is None else self.module.bias.to(inputs.device)
-        return functional.conv2d(inputs, weight, bias, groups=self.module.groups)
+        return functional.conv2d(inputs, weight, self.module.bias, groups=self.module.groups)
 
     def scale(self, owner: QuantizedDetector) -> Tensor:
         """``[O, 1, 1, 1]``."""
@@ -92,7 +94,7 @@ def improve(
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Improved:
-    """Finds weights, and puts them into `quantized`.
+    """Finds weights, and puts them into `quantized`; both models are left on the device of `options`.
 
     Args:
         float_model: fused, not the one inside `quantized`.
@@ -104,9 +106,8 @@ def improve(
         progress: called with the number of units done, and all.
     """
     options = options or Options()
-    scene = _Scene(
-        float_model, quantized, [torch.from_numpy(i) for i in itertools.islice(images, IMAGES)], options.seed
-    )
+    read = [torch.from_numpy(image).to(options.device) for image in itertools.islice(images, IMAGES)]
+    scene = _Scene(float_model.to(options.device), quantized.to(options.device), read, options.seed)
     layers = list(_layers(quantized))
     blocks = _blocks(quantized, layers, scene.images[0]) if rounding == "brecq" else {}
     order = _in_units(layers, blocks)
@@ -119,7 +120,7 @@ def improve(
             done.append(reconstruct(unit, replace(options, batch=WINDOWS_AT_ONCE) if path else options))
             for layer in members:
                 layer.module.weight.data.copy_(done[-1].weights[layer.initializer])
-                weights[layer.initializer] = layer.module.weight.detach().numpy().copy()
+                weights[layer.initializer] = layer.module.weight.detach().cpu().numpy().copy()
         for layer in members if correct_bias else ():
             biases[layer.node] = _correct(scene, layer)
         if progress:
@@ -297,9 +298,10 @@ class _Given(nn.Module):
 def _correct(scene: _Scene, layer: _Layer) -> np.ndarray:
     """Takes the mean error of each output channel, before the activation, off the bias; returns the bias."""
     bias = layer.module.bias
-    assert bias is not None
+    if bias is None:
+        raise AlignError(f"node {layer.node}: no bias to correct", "fold batch normalization into it, or give it one")
     inputs, outputs = _sampled(scene, layer)
     with torch.no_grad():
         weight = nearest(layer.module.weight, layer.scale(scene.owner))
         bias -= (layer.run(inputs, weight) - outputs).mean((0, 2, 3))
-    return bias.detach().numpy().copy()
+    return bias.detach().cpu().numpy().copy()

@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignment.case import ROUTES, Case
+from alignment.data.samples import open_samples
+from alignment.engine.build import BuildOptions, build_engine
+from alignment.engine.capabilities import Capabilities, missing
 from alignment.engine.inspect import parse, reformats
-from alignment.engine.int8 import read_cache, write_cache
+from alignment.engine.int8 import ranges_in_cache, read_cache, write_cache
+from alignment.engine.log import Log
 from alignment.errors import AlignError
+from alignment.quantize.recipe import graph_file, quantize
+from alignment.runners.int8 import tensorrt_build
+from alignment.runners.onnxruntime import OnnxRuntimeRunner
+from alignment.runners.tensorrt import TensorRTRunner
+from alignment.variant import load_variant, with_quantization
 
 # Tensor names hold slashes, colons and spaces: "(Unnamed Layer* 3) [Shuffle]_output".
 NAMES = st.text("abc/:. ()*[]_0", min_size=1, max_size=12).map(lambda name: f"t{name}t")
@@ -69,3 +79,52 @@ def test_layers_of_an_engine():
     assert found[0].metadata == "[ONNX Layer: conv1]\x1f[ONNX Layer: mul]"
     assert found[2].name == "only a name"
     assert reformats(found) == 1
+
+
+def test_a_cache_is_read_as_ranges():
+    ranges = ranges_in_cache(write_cache({"images": 2.5, "dead": 0.0}, "8.6.1"))
+    assert ranges.keys() == {"images"}
+    assert ranges["images"] == pytest.approx(2.5, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded YOLOv8, calibrated on 4 images, and one image."""
+    if reason := missing():
+        pytest.skip(reason)
+    pytest.importorskip("mmyolo")
+    variant = with_quantization(load_variant("yolov8_embedded"), {"images": 4})
+    return variant, quantize(variant), next(iter(open_samples(variant, limit=1))).tensor[None]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_runs_convolutions_in_int8(embedded, route):
+    variant, quantized, image = embedded
+    case = Case(variant.name, "tensorrt", "int8", route)
+    if route != "qdq" and not Capabilities.current().has_int8_flag:
+        pytest.skip(f"TensorRT {Capabilities.current().version} has no route {route}")
+    build = tensorrt_build(variant, case, quantized)
+    with TensorRTRunner(*build) as runner:
+        scores = runner.run(image)["scores"]
+        layers = runner.layers()
+    int8 = [one for one in layers if "Conv" in one.kind and "Int8" in one.types]
+    assert len(int8) >= len(quantized.placement.weights) / 2
+    graph = OnnxRuntimeRunner(graph_file(quantized.model, "tiny"), optimize=False)
+    assert np.abs(scores - graph.run(image)["scores"]).max() < 0.35  # entropy is far off on few images
+    if build.images is not None:
+        found = ranges_in_cache(build.images.cache)
+        observed = quantized.calibration.amax("minmax")
+        assert len(found.keys() & observed.keys()) > 0.5 * len(observed)
+        if route == "implicit_minmax":
+            wrong = [n for n in found.keys() & observed.keys() if abs(found[n] / observed[n] - 1) > 0.02]
+            assert len(wrong) < 0.1 * len(found), wrong
+
+
+@pytest.mark.gpu
+def test_a_range_that_is_missing_is_told(embedded):
+    _, quantized, _ = embedded
+    some = tuple(quantized.ranges[:20])
+    log = Log()
+    build_engine(quantized.source, BuildOptions(precision="int8", ranges=some), log)
+    assert any("missing scale" in text for _, text in log.messages)

@@ -24,7 +24,7 @@ from alignment.export.onnx_export import file_digest
 from alignment.storage import cache_dir, locked, writing
 
 # Raise it when the same options come to mean another engine: cached ones are then left alone.
-RECIPE = 2
+RECIPE = 3
 PRECISIONS = ("fp32", "tf32", "fp16", "int8")
 LEVELS = range(0, 6)
 # Variables that change what TensorRT builds; they belong to an engine's identity.
@@ -258,6 +258,8 @@ def _add_int8(
     builder: Any, network: Any, config: Any, options: BuildOptions, images: CalibrationImages | None, log: Log
 ) -> Any:
     """Ranges or a calibrator, where they are asked for; returns the calibrator."""
+    import tensorrt as trt
+
     ability = Capabilities.current()
     if options.ranges:
         without = set_ranges(network, dict(options.ranges), ability)
@@ -268,6 +270,9 @@ def _add_int8(
     calibrator = make_calibrator(options.calibrator, images, options.cache, ability)
     if ability.has_calibrators:
         config.int8_calibrator = calibrator
+        if options.calibrator == "legacy":
+            # It calibrates after fusion by itself, and finds no float kernel for a convolution fused with its SiLU.
+            config.set_quantization_flag(trt.QuantizationFlag.CALIBRATE_BEFORE_FUSION)
         profile = builder.create_optimization_profile()
         for index in range(network.num_inputs):
             tensor = network.get_input(index)

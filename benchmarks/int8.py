@@ -94,8 +94,10 @@ def measure(variant: str, rows: Rows, out: Out = Path("int8"), level: Level = 0)
     truth = coco_ap(samples.dataset, reference)[0]
     for row in rows:
         start = time.perf_counter()
-        with TensorRTRunner(*build_of(chosen, row, level)) as runner:
-            built = time.perf_counter() - start
+        given = build_of(chosen, row, level)
+        quantized = time.perf_counter() - start
+        with TensorRTRunner(*given) as runner:
+            built = time.perf_counter() - start - quantized
             found = detect(chosen, runner)
             fields = {
                 "ap": coco_ap(samples.dataset, found)[0],
@@ -104,6 +106,7 @@ def measure(variant: str, rows: Rows, out: Out = Path("int8"), level: Level = 0)
                 "level": level,
                 "reformats": reformats(runner.layers()),
                 "layers": len(runner.layers()),
+                "quantize_s": round(quantized),
                 "build_s": round(built),
             }
         written(out, variant, row, "accuracy", fields)

@@ -12,6 +12,7 @@ Agreement is the AP with the detections of torch in FP32 of score >= 0.3 as trut
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -76,7 +77,10 @@ def detect(variant: Variant, runner: Runner) -> dict[int, Detections]:
 def written(out: Path, variant: str, row: str, kind: str, fields: dict[str, Any]) -> None:
     """One JSON file, and one line."""
     out.mkdir(parents=True, exist_ok=True)
-    name = f"{variant}-{row}-{kind}".replace("/", "_").replace("*", "+")
+    recipe = row.replace("/", "_").replace("*", "+")
+    if len(recipe) > 100:  # names of files end at 255 bytes
+        recipe = f"{recipe[:80]}-{hashlib.sha256(row.encode()).hexdigest()[:8]}"
+    name = f"{variant}-{recipe}-{kind}"
     text = json.dumps({"variant": variant, "row": row, "kind": kind, **fields})
     (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(text, flush=True)

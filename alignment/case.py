@@ -17,6 +17,10 @@ Route = Literal["qdq", "dynamic_range", "implicit", "implicit_entropy2", "implic
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 ROUTES: tuple[Route, ...] = get_args(Route)
+#: What helps where `cases_of` finds none.
+NO_CASE_MEND = (
+    "torch runs fp32 and int8 of variants with a torch model, tf32 is TensorRT's, and of int8's routes only qdq is not"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def cases_of(
     ``qdq`` on TensorRT.
 
     Raises:
-        AlignError: for a backend, precision or route that does not exist.
+        AlignError: for a backend, precision or route that does not exist, and where none is named.
     """
     asked: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("backend", backends, BACKENDS),
@@ -57,6 +61,8 @@ def cases_of(
         ("route", routes, ROUTES),
     )
     for kind, given, known in asked:
+        if not given:
+            raise AlignError(f"--{kind}: names no {kind}", f"choose from {', '.join(known)}")
         for name in given:
             if name not in known:
                 raise AlignError(f"--{kind} {name}: no such {kind}", f"choose from {', '.join(known)}")

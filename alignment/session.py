@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment import __version__
-from alignment.case import Case
+from alignment.case import NO_CASE_MEND, Case
 from alignment.data.samples import Samples, dataset_root, images_mend, open_samples
 from alignment.engine import capabilities
 from alignment.errors import AlignError
@@ -101,7 +101,9 @@ def unavailable(variant: Variant, data: Path | None) -> str | None:
 
 
 def require(variant: Variant, cases: list[Case], options: SessionOptions) -> None:
-    """Raises AlignError when a case was asked for by name whose weights or images are not there."""
+    """Raises AlignError when a variant was asked for by name that has no such case, or no weights or images here."""
+    if not cases:
+        raise AlignError(f"{variant.name}: none of its cases has this backend, precision and route", NO_CASE_MEND)
     reason = unavailable(variant, options.data)
     replayable = all(c.backend == "tensorrt" and has_record(options.run.golden, c) for c in cases)
     if reason and not replayable:

@@ -87,6 +87,110 @@ def test_strict_fails_what_cannot_be_run_and_without_it_that_is_a_skip(tmp_path)
     assert align(*command, "--strict").exit_code == 1
 
 
+TRT = "yolov8_embedded-tensorrt-fp32"
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch) -> Path:
+    """A golden folder with the committed records of a variant, and no TensorRT, wherever this runs."""
+    monkeypatch.setattr("alignment.engine.capabilities.missing", lambda: "no GPU in this test")
+    shutil.copy(golden_dir() / "yolov8_embedded.yaml", tmp_path)
+    (tmp_path / "records").mkdir()
+    for path in (golden_dir() / "records").glob("yolov8_embedded-*-fp32.*"):
+        shutil.copy(path, tmp_path / "records")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_updating_golden_leaves_what_is_replayed_and_says_so(recorded):
+    before = yaml.safe_load((recorded / "yolov8_embedded.yaml").read_text())
+    command = ("run", "yolov8_embedded", "--backend", "torch,tensorrt", "--images", "2", "--golden", recorded)
+    result = align(*command, "--update-golden", "why")
+    assert result.exit_code == 0, result.output
+    assert f"{TRT}: replayed, which measures nothing" in result.stdout
+    after = yaml.safe_load((recorded / "yolov8_embedded.yaml").read_text())
+    assert after["overlays"] == before["overlays"]
+    changed = [case for case, held in after["cases"].items() if held != before["cases"].get(case)]
+    assert changed == ["yolov8_embedded-torch-fp32"]
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_golden_stays_as_it_is_when_a_later_variant_cannot_be_run(recorded, tmp_path):
+    before = (recorded / "yolov8_embedded.yaml").read_bytes()
+    command = checkpoint(truncated)(tmp_path, dataset(tmp_path))
+    result = align(*RUN, command[1], "--data", command[-1], "--golden", recorded, "--update-golden", "why")
+    assert result.exit_code == 2, result.output
+    assert (recorded / "yolov8_embedded.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--backend", "torch", "--precision", "fp16", "--strict"],
+        ["yolox_nano_onnx", "--backend", "torch"],
+        ["yolov8_embedded", "--backend", "onnxruntime", "--precision", "tf32"],
+        ["--backend", ""],
+        ["--precision", ","],
+        ["--precision", "int8", "--route", ""],
+    ],
+)
+def test_a_run_without_a_case_is_wrong_usage(options):
+    result = align("run", *options)
+    assert result.exit_code == 2, result.output
+    assert one_line(result.stderr).startswith("align: ")
+    assert result.stdout == ""
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_of_the_variants_that_are_named_each_must_have_a_case(tmp_path):
+    result = align("run", "yolov8_embedded", "yolox_nano_onnx", "--backend", "torch", "--out", tmp_path / "run")
+    assert result.exit_code == 2, result.output
+    assert one_line(result.stderr).startswith("align: yolox_nano_onnx: none of its cases")
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "yolov8_embedded", "--out"],
+        ["run", "yolov8_embedded", "--records"],
+        ["run", "yolov8_embedded", "--update-golden", "why", "--golden"],
+        ["export", "yolov8_embedded", "--out"],
+        ["quantize", "yolov8_embedded", "--out"],
+        ["explain", "yolov8_embedded", "--out"],
+    ],
+    ids=lambda command: " ".join(command[::2]),
+)
+def test_what_cannot_be_written_is_found_before_anything_is_run(tmp_path, monkeypatch, command, place):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr("alignment.cli.load_variant", lambda name: pytest.fail("it began"))
+    result = align(*command, tmp_path / place)
+    assert result.exit_code == 2, result.output
+    assert one_line(result.stderr).startswith(f"align: {command[-1]} {tmp_path / place}: ")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.parametrize("place", ["file", "/proc/nowhere"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / place))
+    result = align("run", "yolov8_embedded", "--backend", "torch")
+    assert result.exit_code == 2, result.output
+    assert str(tmp_path / place) in one_line(result.stderr)
+    assert "set ALIGN_CACHE" in result.stderr
+
+
+def test_what_the_file_system_refuses_later_is_one_line(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "run/alignment.json")
+
+    monkeypatch.setattr("alignment.report.run_folder.write_run", full)
+    monkeypatch.setattr("alignment.session.run_cases", lambda *_: ([], {}, {}))
+    result = align(*RUN, "--out", tmp_path / "run")
+    assert result.exit_code == 2, result.output
+    assert one_line(result.stderr) == "align: run/alignment.json: No space left on device"
+
+
 def variant_file(folder: Path, edit: Callable[[dict], object] = lambda fields: None) -> Path:
     """The embedded variant, but with images given by ``--data``, changed by `edit`."""
     fields = yaml.safe_load((ZOO / "yolov8_embedded.yaml").read_text())

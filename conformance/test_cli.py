@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -19,6 +21,7 @@ from alignment.data.synthetic import synthetic_root
 from alignment.results import SCHEMA_VERSION, Alignment
 from alignment.variant import ZOO, golden_dir
 
+FLOAT = onnx.TensorProto.FLOAT
 CHECKPOINT = golden_dir() / "checkpoints" / "yolov8_embedded.pth"
 RUN = ["run", "yolov8_embedded", "--backend", "torch,onnxruntime", "--images", "6"]
 
@@ -245,6 +248,55 @@ def of_another_model(path: Path) -> None:
     torch.save({"state_dict": torch.nn.Linear(3, 4).state_dict()}, path)
 
 
+class Malicious:
+    """Unpickled, it makes the file ``executed`` beside the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.command = f"touch {path.parent / 'executed'}"
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+def malicious(path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"state_dict": {"weight": Malicious(path)}, "meta": Malicious(path)}, path)
+
+
+def malicious_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Malicious(path)))
+
+
+def onnx_file(content: Callable[[], bytes]) -> Callable[[Path, Path], list[object]]:
+    """A run of a bare ONNX file."""
+
+    def arguments(folder: Path, root: Path) -> list[object]:
+        (folder / "bare.onnx").write_bytes(content())
+        fields = {"name": "bare", "input": {"height": 32, "width": 32}, "classes": 6, "dataset": "coco"}
+        source = {"kind": "onnx", "file": "bare.onnx", "head": {"layout": "yolov8"}}
+        (folder / "bare.yaml").write_text(yaml.safe_dump({**fields, "source": source}))
+        return ["run", folder / "bare.yaml", "--data", root, "--backend", "onnxruntime"]
+
+    return arguments
+
+
+def without_onnx_file(folder: Path, root: Path) -> list[object]:
+    command = onnx_file(graph)(folder, root)
+    (folder / "bare.onnx").unlink()
+    return command
+
+
+def graph(op: str = "Reshape", opset: int = 17, rows: int = 10) -> bytes:
+    """A graph whose input is dynamic and whose one node reshapes it to ``[1, rows, 300]``."""
+    image = onnx.helper.make_tensor_value_info("image", FLOAT, ["batch", 3, "height", "width"])
+    answer = onnx.helper.make_tensor_value_info("y", FLOAT, [1, rows, 300])
+    shape = onnx.helper.make_tensor("shape", onnx.TensorProto.INT64, [3], [1, rows, 300])
+    nodes = [onnx.helper.make_node(op, ["image", "shape"], ["y"])]
+    made = onnx.helper.make_graph(nodes, "bare", [image], [answer], [shape])
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    return onnx.helper.make_model(made, opset_imports=opsets, ir_version=8).SerializeToString()
+
+
 def data(change: Callable[[Path], object]) -> Callable[[Path, Path], list[object]]:
     """A run on a dataset that `change` spoiled."""
 
@@ -293,12 +345,22 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "empty checkpoint": (checkpoint(lambda path: path.write_bytes(b"")), "weights.pth"),
     "truncated checkpoint": (checkpoint(truncated), "weights.pth"),
     "state dict of another model": (checkpoint(of_another_model), "weights.pth"),
+    "malicious checkpoint": (checkpoint(malicious), "weights.pth"),
+    "malicious pickle": (checkpoint(malicious_pickle), "weights.pth"),
+    "missing ONNX file": (without_onnx_file, "bare.onnx: no such file"),
+    "empty ONNX file": (onnx_file(lambda: b""), "bare.onnx"),
+    "truncated ONNX file": (onnx_file(lambda: graph()[:-20]), "bare.onnx"),
+    "unknown op": (onnx_file(lambda: graph("Frobnicate")), "Frobnicate"),
+    "old opset": (onnx_file(lambda: graph(opset=9)), "bare.onnx: opset 9, but 11 is the oldest"),
+    "opset of the future": (onnx_file(lambda: graph(opset=99)), "bare.onnx: opset 99"),
+    "a shape inside that does not fit": (onnx_file(graph), "bare.onnx: ONNX Runtime cannot run it on [1, 3, 32, 32]"),
     "corrupt image": (data(lambda root: third_image(root).write_bytes(b"\x89PNG\r\n\x1a\n no")), "000000000003.png"),
     "empty image": (data(lambda root: third_image(root).write_bytes(b"")), "an empty file"),
     "missing image": (data(lambda root: third_image(root).unlink()), "000000000003.png"),
     "annotations of no image": (data(edit_truth(lambda truth: truth["images"].pop())), "image id 3"),
     "no annotations": (data(lambda root: truth_path(root).unlink()), "instances_val2017.json"),
     "truncated annotations": (data(lambda root: truth_path(root).write_text('{"images": [')), "not JSON"),
+    "annotation without a box": (data(edit_truth(lambda truth: truth["annotations"][1].pop("bbox"))), "annotation 2"),
     "a class too few": (data(edit_truth(one_category_less)), "5 categories"),
     "a class too many": (seven_classes, "7 classes"),
     "bad golden file": (bad_golden, "golden/yolov8_embedded.yaml"),
@@ -326,6 +388,20 @@ def test_bad_input_exits_2_with_one_line_and_leaves_nothing(tmp_path, name):
     assert one_line(result.stderr).startswith("align: ")
     assert "Traceback" not in result.output
     assert not out.exists() or list(out.iterdir()) == []
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_what_a_checkpoint_has_beside_its_weights_is_not_executed(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    def beside(path: Path) -> None:
+        torch.save({"state_dict": torch.load(CHECKPOINT, weights_only=True), "meta": Malicious(path)}, path)
+
+    command = checkpoint(beside)(tmp_path, dataset(tmp_path))
+    result = align(*command, "--backend", "torch", "--golden", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.usefixtures("needs_mmyolo")

@@ -24,6 +24,7 @@ class Measured:
         tensors: ``boxes`` (px), of rotated ones also ``angles`` (rad), ``scores`` and the raw outputs.
         matched, total: detections with a counterpart, and all; see `Agreement`.
         scores: AP of both sides.
+        held: of a record, what it holds of that which it must hold: name → (there, due).
         notes: what could not be measured and why, by stage.
     """
 
@@ -32,6 +33,7 @@ class Measured:
     matched: int = 0
     total: int = 0
     scores: Scores | None = None
+    held: dict[str, tuple[int, int]] = field(default_factory=dict)
     notes: dict[StageName, str] = field(default_factory=dict)
 
     @property

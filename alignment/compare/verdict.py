@@ -41,6 +41,10 @@ def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | No
     checks["decoded"] = [
         _at_most(QUANTITIES[t.unit], t, limits) for t in decoded if QUANTITIES[t.unit] in limits.tolerances
     ]
+    checks["decoded"] += [
+        Check(name=name, value=there, limit=f"= {due}", ok=there == due, origin="what a record holds")
+        for name, (there, due) in measured.held.items()
+    ]
     if "detections" not in measured.notes:
         checks["detections"] = _held({"agreement": measured.agreement}, limits)
     checks["map"] = _ap_checks(measured, limits, images, dataset)

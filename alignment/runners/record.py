@@ -21,6 +21,8 @@ from alignment.results import CaseResult
 from alignment.storage import writing
 
 RECORD_VERSION = 1
+#: What the identity of every record says.
+IDENTITY = {"variant_fingerprint", "weights_sha256"}
 CANDIDATES = 256
 CANDIDATE_SCORE = 0.001
 FULL_IMAGES = 2
@@ -40,6 +42,11 @@ class Candidates:
     labels: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
+
+    @property
+    def floor(self) -> float:
+        """The highest score that a pair may have which is not among them: a full list says nothing of those below."""
+        return float(self.scores.min()) if len(self.scores) >= CANDIDATES else CANDIDATE_SCORE
 
 
 @dataclass
@@ -130,6 +137,8 @@ class Record:
                 raise AlignError(f"{path}: record version {fields['record_version']}, not {RECORD_VERSION}", mend)
             with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
                 arrays = dict(stored)
+            if lost := IDENTITY - fields["identity"].keys():
+                raise ValueError(f"identity lacks {', '.join(sorted(lost))}")
             record = cls(fields["case"], fields["identity"], {int(i): d for i, d in fields["digests"].items()})
             record.compact = fields.get("compact", False)
             record._fill(arrays, fields["steps"])

@@ -10,7 +10,7 @@ from alignment.case import Case, reference_of, twin_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import agree
 from alignment.compare.measure import UNITS, Measured, comparable, count_agreement, split_angles
-from alignment.compare.tensors import ErrorAccumulator
+from alignment.compare.tensors import ErrorAccumulator, count_nonfinite
 from alignment.compare.verdict import first_difference, judge, wrong_side
 from alignment.data.samples import Samples
 from alignment.errors import AlignError
@@ -122,8 +122,10 @@ def _refuse_stale(record: Record, reference: Record, variant: Variant, case: Cas
 
 def _measure(record: Record, reference: Record, recorded: CaseResult, images: list[int]) -> Measured:
     matched, total = count_agreement([agree(reference.detections[i], record.detections[i]) for i in images])
+    nonfinite = sum(count_nonfinite(record.detections[i].boxes, record.detections[i].scores) for i in images)
     streamed = [t for s in recorded.stages for t in s.tensors]
     measured = Measured(tensors=[*streamed, *_recomputed(record, reference, images)], matched=matched, total=total)
+    measured.nonfinite = nonfinite
     measured.notes["raw"] = "error statistics as measured where the record was made; a record cannot recheck them"
     if record.compact:
         measured.notes["decoded"] = "statistics as recorded: an int8 record holds detections alone"

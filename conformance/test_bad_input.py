@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from command_line import BAD, CHECKPOINT, RUN, Malicious, align, checkpoint, dataset, one_line, python, truncated
 
+from alignment.results import Alignment
+
 
 @pytest.fixture
 def needs_mmyolo() -> None:
@@ -41,6 +43,25 @@ def test_what_a_checkpoint_has_beside_its_weights_is_not_executed(tmp_path):
     result = align(*command, "--backend", "torch", "--golden", tmp_path)
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_weights_that_are_not_finite_fail_though_both_sides_agree_on_nothing(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    def spoilt(path: Path) -> None:
+        state = torch.load(CHECKPOINT, weights_only=True)
+        first = next(iter(state))
+        torch.save({"state_dict": state | {first: torch.full_like(state[first], float("nan"))}}, path)
+
+    command = checkpoint(spoilt)(tmp_path, dataset(tmp_path))
+    result = align(*command, "--backend", "torch,onnxruntime", "--golden", tmp_path, "--out", tmp_path / "run")
+    assert result.exit_code == 1, result.output
+    run = Alignment.model_validate_json((tmp_path / "run" / "alignment.json").read_text())
+    assert [(c.status, c.first_difference) for c in run.cases] == [("fail", "raw")] * 2
+    for case in run.cases:
+        assert case.reason.startswith("differs first at raw: NaN or infinite ")
+        assert case.reason.endswith("allowed = 0 values of cls_s8")
 
 
 @pytest.mark.usefixtures("needs_mmyolo")

@@ -103,9 +103,10 @@ class Record:
             arrays[f"{name}_count"] = np.array([len(p.scores) for p in parts], np.int32)
             for key in ("boxes", "scores", "labels", "rows"):
                 arrays[f"{name}_{key}"] = np.concatenate([getattr(p, key) for p in parts])
-        for image, (boxes, scores) in self.full.items():
-            arrays[f"full_{image}_boxes"] = np.rint(boxes / _box_steps(STEPS, boxes)).astype(np.int32)
-            arrays[f"full_{image}_scores"] = np.rint(scores / SCORE_STEP).astype(np.int32)
+        with np.errstate(invalid="ignore"):  # fixed point has no NaN; how many there are, the statistics say
+            for image, (boxes, scores) in self.full.items():
+                arrays[f"full_{image}_boxes"] = np.rint(boxes / _box_steps(STEPS, boxes)).astype(np.int32)
+                arrays[f"full_{image}_scores"] = np.rint(scores / SCORE_STEP).astype(np.int32)
         fields = {
             "record_version": RECORD_VERSION,
             "case": self.case,

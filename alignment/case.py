@@ -17,10 +17,6 @@ Route = Literal["qdq", "dynamic_range", "implicit", "implicit_entropy2", "implic
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 ROUTES: tuple[Route, ...] = get_args(Route)
-#: What helps where `cases_of` finds none.
-NO_CASE_MEND = (
-    "torch runs fp32 and int8 of variants with a torch model, tf32 is TensorRT's, and of int8's routes only qdq is not"
-)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""``align``: run, table, export, quantize, layers, explain, variants, doctor, synthetic.
+"""``align``: run, table, export, quantize, layers, explain, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
@@ -30,7 +31,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from alignment.case import NO_CASE_MEND, ROUTES
+from alignment.case import ROUTES
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult, Explanation
 from alignment.storage import require_folder
@@ -104,7 +105,8 @@ def run(
     chosen = [_sized(v, size) for v in (map(load_variant, variants) if variants else embedded())]
     plan = [(v, cases_of(v, _split(backend), _split(precision), _split(route))) for v in chosen]
     if not any(cases for _, cases in plan):
-        raise AlignError(f"--backend {backend} --precision {precision} --route {route}: no such case", NO_CASE_MEND)
+        what = f"--backend {backend} --precision {precision} --route {route}: no such case"
+        raise AlignError(what, session.NO_CASE_MEND)
     with tempfile.TemporaryDirectory(prefix="align-run-") as staging:
         how = RunOptions(golden=folder, out=Path(staging), records=records, batch=batch)
         options = session.SessionOptions(data, images, how)
@@ -432,6 +434,15 @@ def doctor() -> None:
         colour = {"ok": "green", "missing": "red", "note": "yellow"}[finding.state]
         table.add_row(finding.what, f"[{colour}]{finding.state}[/]", finding.detail)
     out.print(table)
+
+
+@app.command()
+@_reported
+def schema() -> None:
+    """Print the JSON schema of ``alignment.json``."""
+    from alignment.report.run_folder import json_schema
+
+    out.print(json.dumps(json_schema(), indent=2), markup=False)
 
 
 @app.command()

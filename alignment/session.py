@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment import __version__
-from alignment.case import NO_CASE_MEND, Case
+from alignment.case import Case
 from alignment.data.samples import Samples, dataset_root, images_mend, open_samples
 from alignment.engine import capabilities
 from alignment.errors import AlignError
@@ -23,6 +23,10 @@ from alignment.variant import Variant
 
 #: What brings fake quantization in torch.
 QUANTIZATION_MEND = "pip install absl-py prettytable scipy; pip install --no-deps pytorch-quantization==2.1.3"
+#: What helps where a backend, precision and route are no case of a variant.
+NO_CASE_MEND = (
+    "torch runs fp32 and int8 of variants with a torch model, tf32 is TensorRT's, and of int8's routes only qdq is not"
+)
 Progress = Callable[[int, int], None]
 
 

@@ -112,6 +112,14 @@ def test_variants_lists_the_zoo():
     assert all(path.stem in result.stdout for path in ZOO.glob("*.yaml"))
 
 
+def test_schema_prints_the_schema_of_the_version_that_runs_have():
+    result = align("schema")
+    assert result.exit_code == 0
+    schema = json.loads(result.stdout)
+    assert schema["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+    assert {"cases", "timing", "dataset"} <= schema["properties"].keys()
+
+
 def test_doctor_says_what_is_here():
     result = align("doctor")
     assert result.exit_code == 0

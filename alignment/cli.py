@@ -511,7 +511,7 @@ def _stages(name: str) -> Iterator[Callable[[str, int, int], None]]:
 
 def _bar(*columns: ProgressColumn) -> Progress:
     shown = (BarColumn(), MofNCompleteColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *shown, console=err, transient=True)
+    return Progress(TextColumn("{task.description}"), *shown, console=err, transient=True, disable=not err.is_terminal)
 
 
 def _print_results(alignment: Alignment) -> None:

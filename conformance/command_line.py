@@ -216,7 +216,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
 
 
 def one_line(stderr: str) -> str:
-    """The line that is all of `stderr`, the cleared progress bar aside."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
+    """The line that is all of `stderr`."""
+    lines = stderr.splitlines()
     assert len(lines) == 1, stderr
     return lines[0]

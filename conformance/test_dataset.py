@@ -144,7 +144,15 @@ BAD_TRUTH = {
     "annotation without an image": (without("annotations", 0, "image_id"), "image_id"),
     "annotation of an image that is not listed": (with_stray(), "image id 99"),
     "annotations, but not one image": ({**truth_of(), "images": []}, "image id 10"),
-    "annotations of another type": ({**truth_of(), "annotations": {}}, "annotations is not a list"),
+    "annotations of another type": (
+        {**truth_of(), "annotations": {}},
+        "not in COCO layout: annotations is missing or of another type",
+    ),
+    "null annotations": ({**truth_of(), "annotations": None}, "annotations is missing or of another type"),
+    "an image without any name": (
+        changed("images", 0, "file_name", to=None),
+        "file_name is missing or of another type",
+    ),
     "an annotation of another type": ({**truth_of(), "annotations": ["x"]}, "not in COCO layout"),
     "no box": (without("annotations", 1, "bbox"), "annotation 1: bbox is None, not x, y, width and height"),
     "a null box": (changed("annotations", 1, "bbox", to=None), "annotation 1: bbox is None"),
@@ -235,7 +243,7 @@ def test_what_others_say_while_an_image_is_decoded_is_not_lost(tmp_path, capfd, 
     plain = cv2.imdecode
 
     def talking(*arguments: Any) -> np.ndarray:
-        os.write(2, b"a thread has something to say\nlibpng warning: iCCP: known incorrect sRGB profile\n")
+        os.write(2, b"a thread has something to say\nlibpng warning: iCCP: known incorrect sRGB profile\n\n")
         return plain(*arguments)
 
     monkeypatch.setattr(cv2, "imdecode", talking)

@@ -72,6 +72,11 @@ class CocoDataset:
         """The same with the annotation file and the image folder named; `layout` says what errors advise."""
         try:
             truth = json.loads(path.read_text(encoding="utf-8"))
+            for name in ("images", "annotations", "categories"):
+                if not isinstance(truth[name], list):
+                    raise TypeError(name)
+            if not all(isinstance(image["file_name"], str) for image in truth["images"]):
+                raise TypeError("file_name")
             entries = [ImageEntry(i["id"], i["file_name"], folder / i["file_name"]) for i in truth["images"]]
             _require_ids([entry.id for entry in entries], "image", path, layout)
             _require_ids([c["id"] for c in truth["categories"]], "category", path, layout)
@@ -144,14 +149,12 @@ def _require_ids(ids: list[Any], kind: str, path: Path, layout: str) -> None:
         seen.add(number)
 
 
-def _completed(annotations: Any, categories: set[int], path: Path, layout: str) -> list[dict[str, Any]]:
+def _completed(annotations: list[Any], categories: set[int], path: Path, layout: str) -> list[dict[str, Any]]:
     """The annotations with what many files leave out: that they are no crowd, and the area of their box.
 
     Raises:
         AlignError: for a box that is not four numbers, a category that is not there, and the like.
     """
-    if not isinstance(annotations, list):
-        raise AlignError(f"{path}: not in COCO layout: annotations is not a list", layout)
     completed = []
     for index, entry in enumerate(annotations):
         where = f"{path}: annotation {entry['id'] if 'id' in entry else f'number {index + 1}'}"

@@ -52,6 +52,7 @@ def _said_while(work: Callable[[], object]) -> list[str]:
         heard.seek(0)
         lines = heard.read().splitlines(keepends=True)
     ours = [line for line in lines if any(words in line for words in _DECODERS)]
-    if others := b"".join(line for line in lines if line not in ours):
+    # OpenCV ends some of its lines twice.
+    if others := b"".join(line for line in lines if line not in ours and (line.strip() or not ours)):
         os.write(2, others)
     return [line.decode(errors="replace").strip() for line in ours]

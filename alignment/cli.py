@@ -511,7 +511,9 @@ def _stages(name: str) -> Iterator[Callable[[str, int, int], None]]:
 
 def _bar(*columns: ProgressColumn) -> Progress:
     shown = (BarColumn(), MofNCompleteColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *shown, console=err, transient=True, disable=not err.is_terminal)
+    text = TextColumn("{task.description}")
+    # Where there is no terminal a bar is a blank line before the one of an error.
+    return Progress(text, *shown, console=err, transient=True, disable=not err.is_terminal)
 
 
 def _print_results(alignment: Alignment) -> None:

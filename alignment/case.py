@@ -49,7 +49,7 @@ def cases_of(
     ``qdq`` on TensorRT.
 
     Raises:
-        AlignError: for a backend, precision or route that does not exist.
+        AlignError: for a backend, precision or route that does not exist, and where none is named.
     """
     asked: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("backend", backends, BACKENDS),
@@ -57,6 +57,8 @@ def cases_of(
         ("route", routes, ROUTES),
     )
     for kind, given, known in asked:
+        if not given:
+            raise AlignError(f"--{kind}: names no {kind}", f"choose from {', '.join(known)}")
         for name in given:
             if name not in known:
                 raise AlignError(f"--{kind} {name}: no such {kind}", f"choose from {', '.join(known)}")

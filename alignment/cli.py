@@ -1,10 +1,11 @@
-"""``align``: run, table, export, quantize, layers, explain, variants, doctor, synthetic.
+"""``align``: run, table, export, quantize, layers, explain, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
@@ -33,6 +34,7 @@ from rich.table import Column, Table
 from alignment.case import ROUTES
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult, Explanation
+from alignment.storage import require_folder
 from alignment.variant import Variant, golden_dir, load_variant, resized, with_quantization, zoo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -48,7 +50,7 @@ Golden = Annotated[Path | None, typer.Option(help="folder of golden values; defa
 
 
 def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns an AlignError into one line on stderr and exit status 2."""
+    """Turns an AlignError, and what the file system refuses, into one line on stderr and exit status 2."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -56,6 +58,12 @@ def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except AlignError as error:
             err.print(f"align: {error}", markup=False)
+            raise typer.Exit(2) from None
+        except BrokenPipeError:  # whoever reads the output has had enough of it
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            err.print(f"align: {where}{error.strerror or error}", markup=False)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err.print("align: interrupted; nothing half-written was left", markup=False)
@@ -92,22 +100,25 @@ def run(
     from alignment.pipeline import RunOptions
     from alignment.report.run_folder import write_run
 
+    _require_folders({"--out": out_dir, "--records": records, "--golden": golden if update_golden else None})
     folder = golden or golden_dir()
     chosen = [_sized(v, size) for v in (map(load_variant, variants) if variants else embedded())]
     plan = [(v, cases_of(v, _split(backend), _split(precision), _split(route))) for v in chosen]
+    if not any(cases for _, cases in plan):
+        what = f"--backend {backend} --precision {precision} --route {route}: no such case"
+        raise AlignError(what, session.NO_CASE_MEND)
     with tempfile.TemporaryDirectory(prefix="align-run-") as staging:
         how = RunOptions(golden=folder, out=Path(staging), records=records, batch=batch)
         options = session.SessionOptions(data, images, how)
         for variant, cases in plan if variants else ():
             session.require(variant, cases, options)
+        measured: list[tuple[CaseResult, dict[str, Any]]] = []
         alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
         for variant, cases in plan:
             with _progress(variant.name) as show:
                 results, seconds, dataset = session.run_cases(variant, cases, options, show)
             session.add_results(alignment, variant, results, seconds, dataset)
-            for result in results:
-                if update_golden and result.status != "skip":
-                    out.print(f"wrote {update(folder, result, dataset, update_golden)}", markup=False)
+            measured += [(result, dataset) for result in results if result.status != "skip"]
         _print_results(alignment)
         if out_dir:
             # Pictures leave the staging folder only now: a run that fails on its way leaves nothing behind.
@@ -115,6 +126,12 @@ def run(
                 shutil.copytree(pictures, out_dir / "pictures", dirs_exist_ok=True)
             write_run(alignment, out_dir)
             out.print(f"report: {out_dir / 'report.html'}", markup=False)
+    # Golden values change only now: a run that fails at its last variant changes none.
+    for result, dataset in measured if update_golden else ():
+        if result.replayed:
+            out.print(f"{result.case.id}: replayed, which measures nothing: its golden values stay", markup=False)
+        else:
+            out.print(f"wrote {update(folder, result, dataset, str(update_golden))}", markup=False)
     failed = any(c.status == "fail" or (strict and c.status == "skip") for c in alignment.cases)
     raise typer.Exit(1 if failed else 0)
 
@@ -146,6 +163,7 @@ def export(
     from alignment.export.onnx_export import ExportOptions
     from alignment.export.onnx_export import export as write
 
+    _require_folders({"--out": out_dir})
     if nms is not None and outputs == "raw":
         raise AlignError("--outputs raw: no boxes to run --nms on", "export decoded or both")
     if outputs not in ("decoded", "raw", "both"):
@@ -190,6 +208,7 @@ def quantize(
     from alignment.quantize import recipe
     from alignment.quantize.trouble import troubles
 
+    _require_folders({"--out": out_dir})
     asked = {
         "method": method,
         "weights": weights,
@@ -309,6 +328,7 @@ def explain(
     from alignment import session
     from alignment.report.run_folder import write_run
 
+    _require_folders({"--out": out_dir})
     if len(what) not in (1, 2):
         raise AlignError(f"{len(what)} arguments", "give one variant, or two records")
     alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
@@ -431,6 +451,15 @@ def doctor() -> None:
 
 @app.command()
 @_reported
+def schema() -> None:
+    """Print the JSON schema of ``alignment.json``."""
+    from alignment.report.run_folder import json_schema
+
+    out.print(json.dumps(json_schema(), indent=2), markup=False)
+
+
+@app.command()
+@_reported
 def synthetic() -> None:
     """Draw the embedded synthetic set and print where it is."""
     from alignment.data.synthetic import synthetic_root
@@ -450,6 +479,13 @@ def _sized(variant: Variant, size: str | None) -> Variant:
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise AlignError(f"--size {size}: not a size in pixels", "give one such as 416 or 384x640")
     return resized(variant, int(sides[0]), int(sides[-1]))
+
+
+def _require_folders(named: dict[str, Path | None]) -> None:
+    """Finds out before any work is done what could not be written after it."""
+    for option, path in named.items():
+        if path is not None:
+            require_folder(path, option)
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -488,7 +524,9 @@ def _stages(name: str) -> Iterator[Callable[[str, int, int], None]]:
 
 def _bar(*columns: ProgressColumn) -> Progress:
     shown = (BarColumn(), MofNCompleteColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *shown, console=err, transient=True)
+    text = TextColumn("{task.description}")
+    # Where there is no terminal a bar is a blank line before the one of an error.
+    return Progress(text, *shown, console=err, transient=True, disable=not err.is_terminal)
 
 
 def _print_results(alignment: Alignment) -> None:

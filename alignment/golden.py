@@ -32,6 +32,9 @@ MORE_LOSS, MORE_DELTA_AP = 0.05, 0.01
 #: and ONNX Runtime, computing the same int8 graph, come to AP that differ by up to 0.003.
 INT8_AP_MARGIN, INT8_MIN_DELTA_AP = 0.005, 0.005
 
+#: What FP32 promises by its defaults, whatever multiple of a smaller error would allow more.
+PROMISED: tuple[Quantity, ...] = ("boxes", "scores")
+
 _UNMEASURED = "default, nothing measured yet"
 
 
@@ -126,7 +129,8 @@ def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int |
     layers = [golden.cases] + [o.cases for o in golden.overlays if _applies(o, provenance)]
     for layer in layers:
         if case.id in layer:
-            found.tolerances.update(layer[case.id].tolerances)
+            measured = layer[case.id].tolerances.items()
+            found.tolerances.update({name: _promised(case.precision, name, limit) for name, limit in measured})
             found.ap = layer[case.id].ap or found.ap
     if images and found.ap and images < found.ap.images:
         for name in (rate for rate in RATES if rate in found.tolerances):
@@ -141,6 +145,16 @@ def _on_fewer(name: Quantity, measured: float, default: float, ratio: float) -> 
     if name in MINIMA:
         return max(0.0, min(default, 1 - (1 - measured) * ratio))
     return max(default, measured * ratio)
+
+
+def _promised(precision: str, name: Quantity, limit: Tolerance) -> Tolerance:
+    """A measured limit of FP32's boxes or scores: no looser than the default where what was measured is within that."""
+    if precision != "fp32" or name not in PROMISED or not limit.origin.startswith("measured"):
+        return limit
+    most = DEFAULTS["fp32"][name]
+    if not most < limit.value < FACTOR * most:
+        return limit
+    return Tolerance(value=most, origin=f"{limit.origin}; at most {most:g}, as FP32 promises")
 
 
 def update(folder: Path, result: CaseResult, dataset: dict[str, Any], reason: str) -> Path:
@@ -199,7 +213,8 @@ def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> Golde
         if name in values:
             limit, how = _limit(name, values[name], int8)
             over = f"{compared} images" if compared else "the referee's images"
-            tolerances[name] = Tolerance(value=limit, origin=f"{how}, over {over} {stamp}")
+            held = Tolerance(value=limit, origin=f"{how}, over {over} {stamp}")
+            tolerances[name] = _promised(result.case.precision, name, held)
     ap = None
     if result.scores is not None:
         ap = GoldenAp(

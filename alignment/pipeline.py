@@ -17,7 +17,7 @@ from alignment.case import Case, reference_of, twin_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import SCORE, Agreement, agree
 from alignment.compare.measure import Measured, TensorErrors, count_agreement
-from alignment.compare.verdict import first_difference, judge, wrong_side
+from alignment.compare.verdict import NOT_FINITE, first_difference, judge, wrong_side
 from alignment.data.coco import CocoDataset, read_image
 from alignment.data.samples import Sample, Samples
 from alignment.golden import limits, read_golden
@@ -191,6 +191,7 @@ def _judge_sides(
             tensors=side.errors.results(),
             matched=matched,
             total=total,
+            nonfinite=side.errors.nonfinite,
             scores=_scores(side, None if is_reference else reference, by_case, aps, samples.dataset),
             notes=_notes(variant, is_reference and not referee.detections),
         )
@@ -284,6 +285,8 @@ def explain(result: CaseResult) -> str:
         "reference": f"; the reference {result.reference} is the side that is far from float64",
         "neither": "; both sides are equally near to float64",
     }.get(result.wrong_side or "", "")
+    if check.name == NOT_FINITE:
+        who = ""
     reason = f"differs first at {stage.name}: {check.name} {check.value:.4g}, allowed {check.limit}{who}"
     if result.case.precision == "fp16":
         reason += f"; `align layers {result.case.variant} --backend {result.case.backend} --precision fp16` says why"

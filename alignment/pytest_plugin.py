@@ -6,6 +6,7 @@ cases of one variant that were selected, of whatever precision, run together, on
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ import pytest
 from alignment.case import BACKENDS, PRECISIONS, ROUTES, Case, cases_of
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
+from alignment.storage import require_folder
 from alignment.variant import Variant, golden_dir, load_variant, zoo
 
 MARKERS = {
@@ -41,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("alignment")
     group.addoption("--variant", action="append", metavar="NAME", help="variant or YAML file; repeatable; default: all")
     group.addoption("--data", type=Path, help="COCO-layout root, for variants on COCO; default $ALIGN_DATA/coco")
-    group.addoption("--images", type=int, help="the first so many images only")
+    group.addoption("--images", type=_count, help="the first so many images only")
     group.addoption("--golden", type=Path, help="folder of golden values; default: the packaged one")
     group.addoption("--update-golden", metavar="REASON", help="write what is measured as golden, for REASON")
     group.addoption("--report", type=Path, metavar="DIR", help="write alignment.json and report.html into DIR")
@@ -56,11 +58,32 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("ALIGN_THREADS", "1")
     # pytest has a --strict of its own; here it also means that a case that cannot be run fails.  xdist hands the
     # controller's options to its workers.
-    given = "--strict" in config.invocation_params.args
+    written = (
+        config.invocation_params.args,
+        shlex.split(os.environ.get("PYTEST_ADDOPTS", "")),
+        config.getini("addopts"),
+    )
+    given = any("--strict" in words for words in written)
     config.option.strict_cases = given or getattr(config.option, "strict_cases", False)
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"
+    _require_report(config)
     _chosen(config)  # a wrong name ends here, in one line, not as an error of each test that asks for it
+
+
+def _count(text: str) -> int:
+    """A number of images on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of images: give 1 or more")
+    return int(text)
+
+
+def _require_report(config: pytest.Config) -> None:
+    if config.option.report:
+        try:
+            require_folder(config.option.report, "--report")
+        except AlignError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 class Store:

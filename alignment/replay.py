@@ -10,7 +10,7 @@ from alignment.case import Case, reference_of, twin_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import agree
 from alignment.compare.measure import UNITS, Measured, comparable, count_agreement, split_angles
-from alignment.compare.tensors import ErrorAccumulator
+from alignment.compare.tensors import ErrorAccumulator, count_nonfinite
 from alignment.compare.verdict import first_difference, judge, wrong_side
 from alignment.data.samples import Samples
 from alignment.errors import AlignError
@@ -18,7 +18,15 @@ from alignment.golden import limits, read_golden
 from alignment.models.outputs import ENDS_IN_NMS
 from alignment.pipeline import explain, quantized_identity
 from alignment.results import CaseResult, Scores, TensorResult
-from alignment.runners.record import STEPS, Candidates, Record, record_path
+from alignment.runners.record import (
+    CANDIDATE_SCORE,
+    CANDIDATES,
+    FULL_IMAGES,
+    STEPS,
+    Candidates,
+    Record,
+    record_path,
+)
 from alignment.variant import Variant
 
 
@@ -51,6 +59,7 @@ def replay(variant: Variant, case: Case, golden: Path, samples: Samples | None) 
         images = [e.id for e in samples.dataset.images if e.id in record.digests]
     measured = _measure(record, reference, recorded, images)
     if variant.ends_in_nms:
+        measured.held = {}
         measured.notes.update({"raw": ENDS_IN_NMS, "decoded": ENDS_IN_NMS})
     if samples is not None and images:
         measured.inputs = _equal_inputs(record, samples, images)
@@ -113,15 +122,25 @@ def _refuse_stale(record: Record, reference: Record, variant: Variant, case: Cas
 
 def _measure(record: Record, reference: Record, recorded: CaseResult, images: list[int]) -> Measured:
     matched, total = count_agreement([agree(reference.detections[i], record.detections[i]) for i in images])
+    nonfinite = sum(count_nonfinite(record.detections[i].boxes, record.detections[i].scores) for i in images)
     streamed = [t for s in recorded.stages for t in s.tensors]
     measured = Measured(tensors=[*streamed, *_recomputed(record, reference, images)], matched=matched, total=total)
+    measured.nonfinite = nonfinite
     measured.notes["raw"] = "error statistics as measured where the record was made; a record cannot recheck them"
     if record.compact:
         measured.notes["decoded"] = "statistics as recorded: an int8 record holds detections alone"
         return measured
+    both = _full_on_both_sides(record, reference, images)
+    due = [i for i in list(record.digests)[:FULL_IMAGES] if i in images]
+    measured.held = {
+        "full tensors": (len(both), len(due)),
+        "statistics": (len({t.name for t in streamed if t.name in UNITS}), 2 + record.rotated),
+    }
+    cut = sum(len(record.candidates[i].scores) >= CANDIDATES for i in images)
     measured.notes["decoded"] = (
-        "statistics over all images as recorded; all candidates of score >= 0.001 and the full tensors of "
-        f"{len(record.full)} images rechecked here"
+        f"statistics over all images as recorded; rechecked here: the full tensors of {len(both)} images, and of each "
+        f"image the candidates of score >= {CANDIDATE_SCORE}, at most the best {CANDIDATES} (so many are listed of "
+        f"{cut} of {len(images)} images, where nothing is rechecked below the last of them)"
     )
     return measured
 
@@ -129,12 +148,14 @@ def _measure(record: Record, reference: Record, recorded: CaseResult, images: li
 def _recomputed(record: Record, reference: Record, images: list[int]) -> list[TensorResult]:
     full = {name: ErrorAccumulator() for name in UNITS}
     candidates = {name: ErrorAccumulator() for name in UNITS}
+    whole = _full_on_both_sides(record, reference, images)
     for image in images if not record.compact else ():
         ours, theirs = _shared(record.candidates[image], reference.candidates[image])
         others = _named(theirs.boxes, theirs.scores)
         for name, a in _named(ours.boxes, ours.scores).items():
             candidates[name].add(*comparable(name, a, others[name]))
-        if image in record.full and image in reference.full:
+        candidates["scores"].add(*_of_one_side(record.candidates[image], reference.candidates[image]))
+        if image in whole:
             others = _named(*reference.full[image])
             for name, a in _named(*record.full[image]).items():
                 a, b = comparable(name, a, others[name])
@@ -147,15 +168,42 @@ def _recomputed(record: Record, reference: Record, images: list[int]) -> list[Te
     return results
 
 
+def _full_on_both_sides(record: Record, reference: Record, images: list[int]) -> list[int]:
+    """The images of which both sides hold full tensors, of equal shapes."""
+    return [
+        i
+        for i in images
+        if i in record.full
+        and i in reference.full
+        and [a.shape for a in record.full[i]] == [b.shape for b in reference.full[i]]
+    ]
+
+
 def _named(boxes: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
     return {**split_angles(boxes), "scores": scores}
 
 
 def _shared(a: Candidates, b: Candidates) -> tuple[Candidates, Candidates]:
     """The pairs that both sides list, in one order."""
-    keys = [c.rows.astype(np.int64) << 16 | c.labels for c in (a, b)]
-    _, left, right = np.intersect1d(*keys, return_indices=True)
+    _, left, right = np.intersect1d(_keys(a), _keys(b), return_indices=True)
     return _take(a, left), _take(b, right)
+
+
+def _of_one_side(a: Candidates, b: Candidates) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the pairs that only one side lists, and the nearest that the other can give them.
+
+    A side lists all pairs above its `floor`: what it does not list has no higher score than that.
+    """
+    keys = _keys(a), _keys(b)
+    ours, theirs = a.scores[~np.isin(keys[0], keys[1])], b.scores[~np.isin(keys[1], keys[0])]
+    return (
+        np.concatenate([ours, np.minimum(theirs, np.float32(a.floor))]),
+        np.concatenate([np.minimum(ours, np.float32(b.floor)), theirs]),
+    )
+
+
+def _keys(c: Candidates) -> np.ndarray:
+    return c.rows.astype(np.int64) << 16 | c.labels
 
 
 def _beyond_rounding(a: np.ndarray, b: np.ndarray, step: float) -> np.ndarray:

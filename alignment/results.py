@@ -37,7 +37,10 @@ class ErrorStats(_Model):
 
 
 class TensorResult(_Model):
-    """One named output: subject against reference, and both against float64 on `referee_images` images."""
+    """One named output: subject against reference, and both against float64 on `referee_images` images.
+
+    `nonfinite` counts values of the subject itself that are NaN or infinite, over all images.
+    """
 
     name: str
     unit: str
@@ -45,6 +48,7 @@ class TensorResult(_Model):
     reference_error: ErrorStats | None = None
     subject_error: ErrorStats | None = None
     referee_images: int = 0
+    nonfinite: int = 0
 
 
 class Check(_Model):

@@ -23,6 +23,10 @@ from alignment.variant import Variant
 
 #: What brings fake quantization in torch.
 QUANTIZATION_MEND = "pip install absl-py prettytable scipy; pip install --no-deps pytorch-quantization==2.1.3"
+#: What helps where a backend, precision and route are no case of a variant.
+NO_CASE_MEND = (
+    "torch runs fp32 and int8 of variants with a torch model, tf32 is TensorRT's, and of int8's routes only qdq is not"
+)
 Progress = Callable[[int, int], None]
 
 
@@ -106,7 +110,9 @@ def unavailable(variant: Variant, data: Path | None) -> str | None:
 
 
 def require(variant: Variant, cases: list[Case], options: SessionOptions) -> None:
-    """Raises AlignError when a case was asked for by name whose weights or images are not there."""
+    """Raises AlignError when a variant was asked for by name that has no such case, or no weights or images here."""
+    if not cases:
+        raise AlignError(f"{variant.name}: none of its cases has this backend, precision and route", NO_CASE_MEND)
     reason = unavailable(variant, options.data)
     replayable = all(c.backend == "tensorrt" and has_record(options.run.golden, c) for c in cases)
     if reason and not replayable:

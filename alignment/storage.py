@@ -13,6 +13,8 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
+from alignment.errors import AlignError
+
 
 def cache_dir() -> Path:
     """Folder of exported graphs, engines and generated datasets (``ALIGN_CACHE`` or the user's cache folder)."""
@@ -22,6 +24,19 @@ def cache_dir() -> Path:
 def data_dir() -> Path:
     """Folder of real images and checkpoints (``ALIGN_DATA``, default ``../shared/data``); it may not exist."""
     return Path(os.environ.get("ALIGN_DATA") or "../shared/data")
+
+
+def require_folder(path: Path, option: str) -> None:
+    """Raises AlignError when `path`, which `option` names, is no folder to write into and cannot become one.
+
+    Nothing is left behind, the folder itself included.
+    """
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".align-", dir=nearest):
+            pass
+    except OSError as error:
+        raise AlignError(f"{option} {path}: {error.strerror}", "name a folder that can be written") from None
 
 
 @contextmanager
@@ -56,10 +71,18 @@ def writing_folder(path: Path) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock between processes that belongs to the artefact `path`; it lies in the cache, not beside it."""
     folder = cache_dir() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
-    with FileLock(folder / f"{path.name}-{digest}.lock"):
+    lock = FileLock(folder / f"{path.name}-{digest}.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        reason = error.strerror or error
+        raise AlignError(f"{cache_dir()}: {reason}", "set ALIGN_CACHE to a folder that can be written") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _umask() -> int:

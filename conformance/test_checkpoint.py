@@ -343,6 +343,25 @@ def test_half_precision_weights_go_into_a_float32_model(tmp_path):
     assert_same(model.state_dict(), {key: value.to(weights()[key].dtype) for key, value in state.items()})
 
 
+ODD = {
+    "sparse": torch.Tensor.to_sparse,
+    "quantized": lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+    "meta": lambda tensor: tensor.to("meta"),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "nested": lambda tensor: torch.nested.nested_tensor(list(tensor)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ODD)
+def test_a_tensor_that_is_not_a_plain_one_is_named(tmp_path, kind):
+    key = "backbone.0.weight"
+    state = weights()
+    path = save(tmp_path / "model.pth", state | {key: ODD[kind](state[key])})
+    message = does_not_fit(tmp_path, checkpoint.load_state_dict(path))
+    assert f": {key} is a {kind} tensor: save it as a dense one" in message
+
+
 def test_batch_counters_may_be_missing_or_left_over(tmp_path):
     state = weights()
     counter = state.pop("backbone.1.num_batches_tracked")

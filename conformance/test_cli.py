@@ -1,43 +1,19 @@
-"""``align``: exit status, what it writes, and one line for every kind of bad input."""
+"""``align``: exit status and what it writes."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
+from command_line import RUN, align, checkpoint, dataset, python, truncated
 
-from alignment.cli import app
-from alignment.data.synthetic import synthetic_root
 from alignment.results import SCHEMA_VERSION, Alignment
 from alignment.variant import ZOO, golden_dir
 
-CHECKPOINT = golden_dir() / "checkpoints" / "yolov8_embedded.pth"
-RUN = ["run", "yolov8_embedded", "--backend", "torch,onnxruntime", "--images", "6"]
-
-
-def align(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess:
-    """A Python of its own, in which this package can be imported."""
-    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        timeout=300,
-        check=False,
-    )
+TRT = "yolov8_embedded-tensorrt-fp32"
 
 
 @pytest.fixture
@@ -87,179 +63,37 @@ def test_strict_fails_what_cannot_be_run_and_without_it_that_is_a_skip(tmp_path)
     assert align(*command, "--strict").exit_code == 1
 
 
-def variant_file(folder: Path, edit: Callable[[dict], object] = lambda fields: None) -> Path:
-    """The embedded variant, but with images given by ``--data``, changed by `edit`."""
-    fields = yaml.safe_load((ZOO / "yolov8_embedded.yaml").read_text())
-    fields["dataset"] = "coco"
-    fields["source"]["checkpoint"] = str(CHECKPOINT)
-    edit(fields)
-    path = folder / "planted.yaml"
-    path.write_text(yaml.safe_dump(fields))
-    return path
-
-
-def dataset(folder: Path) -> Path:
-    """A copy of the first three images of the synthetic set."""
-    source, root = synthetic_root(), folder / "data"
-    truth = json.loads((source / "annotations" / "instances_val2017.json").read_text())
-    truth["images"] = truth["images"][:3]
-    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] <= 3]
-    for name in ("annotations", "val2017"):
-        (root / name).mkdir(parents=True)
-    for image in truth["images"]:
-        shutil.copy(source / "val2017" / image["file_name"], root / "val2017")
-    write_truth(root, truth)
-    return root
-
-
-def truth_path(root: Path) -> Path:
-    return root / "annotations" / "instances_val2017.json"
-
-
-def write_truth(root: Path, truth: dict) -> None:
-    truth_path(root).write_text(json.dumps(truth))
-
-
-def checkpoint(content: Callable[[Path], object]) -> Callable[[Path, Path], list[object]]:
-    """A run whose checkpoint is what `content` writes."""
-
-    def arguments(folder: Path, root: Path) -> list[object]:
-        path = folder / "weights.pth"
-        content(path)
-        planted = variant_file(folder, lambda fields: fields["source"].update(checkpoint=str(path)))
-        return ["run", planted, "--data", root]
-
-    return arguments
-
-
-def truncated(path: Path) -> None:
-    path.write_bytes(CHECKPOINT.read_bytes()[:20_000])
-
-
-def of_another_model(path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    torch.save({"state_dict": torch.nn.Linear(3, 4).state_dict()}, path)
-
-
-def data(change: Callable[[Path], object]) -> Callable[[Path, Path], list[object]]:
-    """A run on a dataset that `change` spoiled."""
-
-    def arguments(folder: Path, root: Path) -> list[object]:
-        change(root)
-        return ["run", variant_file(folder), "--data", root]
-
-    return arguments
-
-
-def third_image(root: Path) -> Path:
-    return sorted((root / "val2017").iterdir())[2]
-
-
-def edit_truth(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def edit(root: Path) -> None:
-        truth = json.loads(truth_path(root).read_text())
-        change(truth)
-        write_truth(root, truth)
-
-    return edit
-
-
-def seven_classes(folder: Path, root: Path) -> list[object]:
-    return ["run", variant_file(folder, lambda fields: fields.update(classes=7)), "--data", root]
-
-
-def bad_golden(folder: Path, root: Path) -> list[object]:
-    (folder / "golden").mkdir()
-    (folder / "golden" / "yolov8_embedded.yaml").write_text("cases: [")
-    return ["run", variant_file(folder), "--data", root, "--golden", folder / "golden"]
-
-
-# What to run, given a folder and a dataset in it, and what the message must name.
-BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
-    "unknown variant": (lambda *_: ["run", "yolov9000"], "yolov8_embedded"),
-    "no YAML file": (lambda folder, _: ["run", folder / "none.yaml"], "none.yaml"),
-    "unknown backend": (lambda *_: ["run", "yolov8_embedded", "--backend", "torch,tpu"], "torch, onnxruntime"),
-    "unknown precision": (lambda *_: ["run", "yolov8_embedded", "--precision", "fp4"], "fp32"),
-    "missing checkpoint": (checkpoint(lambda path: None), "weights.pth"),
-    "empty checkpoint": (checkpoint(lambda path: path.write_bytes(b"")), "weights.pth"),
-    "truncated checkpoint": (checkpoint(truncated), "weights.pth"),
-    "state dict of another model": (checkpoint(of_another_model), "weights.pth"),
-    "corrupt image": (data(lambda root: third_image(root).write_bytes(b"\x89PNG\r\n\x1a\n no")), "000000000003.png"),
-    "empty image": (data(lambda root: third_image(root).write_bytes(b"")), "an empty file"),
-    "missing image": (data(lambda root: third_image(root).unlink()), "000000000003.png"),
-    "annotations of no image": (data(edit_truth(lambda truth: truth["images"].pop())), "image id 3"),
-    "no annotations": (data(lambda root: truth_path(root).unlink()), "instances_val2017.json"),
-    "truncated annotations": (data(lambda root: truth_path(root).write_text('{"images": [')), "not JSON"),
-    "a class too few": (data(edit_truth(lambda truth: truth["categories"].pop())), "5 categories"),
-    "a class too many": (seven_classes, "7 classes"),
-    "bad golden file": (bad_golden, "golden/yolov8_embedded.yaml"),
-}
-
-
-def one_line(stderr: str) -> str:
-    """The line that is all of `stderr`, the cleared progress bar aside."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, stderr
-    return lines[0]
+@pytest.fixture
+def recorded(tmp_path, monkeypatch) -> Path:
+    """A golden folder with the committed records of a variant, and no TensorRT, wherever this runs."""
+    monkeypatch.setattr("alignment.engine.capabilities.missing", lambda: "no GPU in this test")
+    shutil.copy(golden_dir() / "yolov8_embedded.yaml", tmp_path)
+    (tmp_path / "records").mkdir()
+    for path in (golden_dir() / "records").glob("yolov8_embedded-*-fp32.*"):
+        shutil.copy(path, tmp_path / "records")
+    return tmp_path
 
 
 @pytest.mark.usefixtures("needs_mmyolo")
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_exits_2_with_one_line_and_leaves_nothing(tmp_path, name):
-    arguments, named = BAD[name]
-    out = tmp_path / "run"
-    command = arguments(tmp_path, dataset(tmp_path))
-    if "--backend" not in command:
-        command += ["--backend", "torch"]
-    result = align(*command, "--out", out)
-    assert result.exit_code == 2, result.output
-    assert named in result.stderr
-    assert one_line(result.stderr).startswith("align: ")
-    assert "Traceback" not in result.output
-    assert not out.exists() or list(out.iterdir()) == []
+def test_updating_golden_leaves_what_is_replayed_and_says_so(recorded):
+    before = yaml.safe_load((recorded / "yolov8_embedded.yaml").read_text())
+    command = ("run", "yolov8_embedded", "--backend", "torch,tensorrt", "--images", "2", "--golden", recorded)
+    result = align(*command, "--update-golden", "why")
+    assert result.exit_code == 0, result.output
+    assert f"{TRT}: replayed, which measures nothing" in result.stdout
+    after = yaml.safe_load((recorded / "yolov8_embedded.yaml").read_text())
+    assert after["overlays"] == before["overlays"]
+    changed = [case for case, held in after["cases"].items() if held != before["cases"].get(case)]
+    assert changed == ["yolov8_embedded-torch-fp32"]
 
 
 @pytest.mark.usefixtures("needs_mmyolo")
-def test_a_process_of_its_own_says_no_more_than_that_line(tmp_path):
-    # Not a corrupt image: there libpng, in C, has a line of its own to say.
-    command = [str(a) for a in BAD["empty image"][0](tmp_path, dataset(tmp_path))]
-    done = python("-m", "alignment.cli", *command, "--backend", "torch")
-    assert done.returncode == 2
-    assert one_line(done.stderr).startswith("align: ")
-
-
-@pytest.mark.usefixtures("needs_mmyolo")
-def test_a_bad_variant_after_a_good_one_leaves_nothing_either(tmp_path):
+def test_golden_stays_as_it_is_when_a_later_variant_cannot_be_run(recorded, tmp_path):
+    before = (recorded / "yolov8_embedded.yaml").read_bytes()
     command = checkpoint(truncated)(tmp_path, dataset(tmp_path))
-    result = align(*RUN, command[1], "--data", command[-1], "--out", tmp_path / "run")
+    result = align(*RUN, command[1], "--data", command[-1], "--golden", recorded, "--update-golden", "why")
     assert result.exit_code == 2, result.output
-    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--opset", "9"], "13 to 17"),
-        (["--opset", "18"], "13 to 17"),
-        (["--batch", "0"], "batch 0"),
-        (["--outputs", "masks"], "decoded, raw, both"),
-    ],
-)
-def test_bad_options_of_export_exit_2_and_write_nothing(tmp_path, options, named):
-    result = align("export", "yolov8_embedded", "--out", tmp_path / "onnx", *options)
-    assert result.exit_code == 2, result.output
-    assert named in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "onnx").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments", [["run", "--images", "0"], ["run", "--images", "six"], ["fly"], ["run", "--fast"]]
-)
-def test_wrong_usage_exits_2(arguments):
-    result = align(*arguments)
-    assert result.exit_code == 2
-    assert "Traceback" not in result.output
+    assert (recorded / "yolov8_embedded.yaml").read_bytes() == before
 
 
 @pytest.mark.usefixtures("needs_mmyolo")
@@ -276,6 +110,14 @@ def test_variants_lists_the_zoo():
     result = align("variants")
     assert result.exit_code == 0
     assert all(path.stem in result.stdout for path in ZOO.glob("*.yaml"))
+
+
+def test_schema_prints_the_schema_of_the_version_that_runs_have():
+    result = align("schema")
+    assert result.exit_code == 0
+    schema = json.loads(result.stdout)
+    assert schema["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+    assert {"cases", "timing", "dataset"} <= schema["properties"].keys()
 
 
 def test_doctor_says_what_is_here():

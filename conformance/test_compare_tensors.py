@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.compare.measure import Measured
-from alignment.compare.tensors import ErrorAccumulator
+from alignment.compare.tensors import ErrorAccumulator, count_nonfinite
 from alignment.compare.verdict import judge
 from alignment.golden import GoldenCase, Tolerance
 from alignment.results import ErrorStats, StageResult, TensorResult
@@ -160,3 +160,11 @@ def test_the_verdict_on_a_pair_of_outputs_is_that_of_polygraphy(seed, size, nois
 @pytest.mark.parametrize(("distance", "status"), [(0.5, "pass"), (0.5 + 2**-10, "fail")])
 def test_a_difference_of_exactly_the_tolerance_passes(distance, status):
     assert decoded_stage(floats(1 + distance, 7), floats(1, 7), 0.5).status == status
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_counted(bad):
+    values = np.ones((4, 5), np.float32)
+    assert count_nonfinite(values, values * np.float32(3e38)) == 0, "their sum overflows"
+    values[1, 2:4] = bad
+    assert count_nonfinite(values, np.zeros((0, 4), np.float32)) == 2

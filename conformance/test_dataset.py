@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import cv2
 import numpy as np
 import pytest
 
+from alignment.compare.coco_map import coco_ap
 from alignment.data.coco import CocoDataset, read_image
 from alignment.data.samples import Samples, dataset_root, open_samples
 from alignment.data.synthetic import CATEGORIES, draw, synthetic_root, write_split
 from alignment.errors import AlignError
+from alignment.nms.multiclass import Detections
 from alignment.storage import data_dir
 from alignment.variant import load_variant
 
@@ -25,6 +28,10 @@ GOLDEN_IMAGES = {
     ("val2017", 1): "df6f03bc0e649f49",
     ("train2017", 0): "7a2882f2038d077a",
 }
+
+
+#: Boxes, scores, labels and rows of nothing.
+EMPTY = (((0, 4), np.float32), (0, np.float32), (0, np.int32), (0, np.int32))
 
 
 def truth_of(count: int = 2) -> dict[str, Any]:
@@ -78,6 +85,30 @@ def test_the_fingerprint_follows_the_annotations(tmp_path):
     assert CocoDataset.open(tmp_path).fingerprint != first
 
 
+def test_the_fingerprint_of_the_content_follows_the_pixels_of_the_images_that_were_asked_for(tmp_path):
+    root = write(tmp_path, truth_of())
+    first, of_one = CocoDataset.open(root), CocoDataset.open(root, limit=1)
+    assert len(first.content_fingerprint) == 16
+    assert first.content_fingerprint == CocoDataset.open(root).content_fingerprint != of_one.content_fingerprint
+    cv2.imwrite(str(root / "val2017" / "1.png"), np.full((8, 8, 3), 99, np.uint8))
+    changed = CocoDataset.open(root)
+    assert changed.fingerprint == first.fingerprint
+    assert changed.content_fingerprint != first.content_fingerprint
+    assert CocoDataset.open(root, limit=1).content_fingerprint == of_one.content_fingerprint
+    (root / "val2017" / "1.png").unlink()
+    assert changed.content_fingerprint, "read once"
+    assert "1.png: No such file" in complaint(lambda: first.__class__.content_fingerprint.func(first))
+
+
+def test_annotations_may_leave_out_area_and_crowd(tmp_path):
+    plain = truth_of()
+    plain["annotations"][1].update(iscrowd=1, area=3.5)
+    read = CocoDataset.open(write(tmp_path, plain))
+    assert [(a["iscrowd"], a["area"]) for a in read.truth["annotations"]] == [(0, 16), (1, 3.5)]
+    nothing = {10: Detections(*(np.empty(s, d) for s, d in EMPTY)), 20: Detections(*(np.empty(s, d) for s, d in EMPTY))}
+    assert coco_ap(read, nothing) == (0, 0)
+
+
 def without(*path: str | int) -> dict[str, Any]:
     truth = truth_of()
     place: Any = truth
@@ -93,6 +124,15 @@ def with_stray() -> dict[str, Any]:
     return truth
 
 
+def changed(*path: str | int, to: Any) -> dict[str, Any]:
+    truth = truth_of()
+    place: Any = truth
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = to
+    return truth
+
+
 BAD_TRUTH = {
     "empty file": ("", "not JSON"),
     "cut off": (json.dumps(truth_of())[:-9], "not JSON"),
@@ -104,6 +144,34 @@ BAD_TRUTH = {
     "annotation without an image": (without("annotations", 0, "image_id"), "image_id"),
     "annotation of an image that is not listed": (with_stray(), "image id 99"),
     "annotations, but not one image": ({**truth_of(), "images": []}, "image id 10"),
+    "annotations of another type": (
+        {**truth_of(), "annotations": {}},
+        "not in COCO layout: annotations is missing or of another type",
+    ),
+    "null annotations": ({**truth_of(), "annotations": None}, "annotations is missing or of another type"),
+    "an image without any name": (
+        changed("images", 0, "file_name", to=None),
+        "file_name is missing or of another type",
+    ),
+    "an annotation of another type": ({**truth_of(), "annotations": ["x"]}, "not in COCO layout"),
+    "no box": (without("annotations", 1, "bbox"), "annotation 1: bbox is None, not x, y, width and height"),
+    "a null box": (changed("annotations", 1, "bbox", to=None), "annotation 1: bbox is None"),
+    "a box of text": (changed("annotations", 1, "bbox", to=[1, 1, "4", 4]), "annotation 1: bbox is [1, 1, '4', 4]"),
+    "a box of three": (changed("annotations", 1, "bbox", to=[1, 1, 4]), "annotation 1: bbox is [1, 1, 4]"),
+    "a box of NaN": (changed("annotations", 1, "bbox", to=[1, 1, float("nan"), 4]), "annotation 1: bbox is"),
+    "no category": (without("annotations", 1, "category_id"), "annotation 1: category_id None is not among"),
+    "an unknown category": (changed("annotations", 1, "category_id", to=77), "annotation 1: category_id 77 is not"),
+    "a category that is a list": (changed("annotations", 1, "category_id", to=[7]), "annotation 1: category_id [7]"),
+    "a box without an id": (
+        {**truth_of(), "annotations": [{"image_id": 10, "category_id": 7, "bbox": None}]},
+        "annotation number 1: bbox",
+    ),
+    "an area of text": (changed("annotations", 1, "area", to="large"), "annotation 1: iscrowd is 0 and area large"),
+    "a crowd of seven": (changed("annotations", 1, "iscrowd", to=7), "annotation 1: iscrowd is 7"),
+    "image ids of text": (changed("images", 0, "id", to="a1"), "image id 'a1' is not a whole number"),
+    "an image id twice": (changed("images", 1, "id", to=10), "image id 10 is given twice"),
+    "a category id twice": (changed("categories", 1, "id", to=7), "category id 7 is given twice"),
+    "a category id of text": (changed("categories", 1, "id", to="2"), "category id '2' is not a whole number"),
     "nothing at all": ({**truth_of(), "images": [], "annotations": []}, "lists no images"),
 }
 
@@ -147,6 +215,40 @@ def test_an_image_that_is_cut_off_is_named(tmp_path, kind, part):
     whole = cv2.imencode(kind, np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))[1].tobytes()
     path.write_bytes(whole[: int(len(whole) * part)])
     assert f"{path}: not an image, or a damaged one" in complaint(read_image, path)
+
+
+def noise() -> np.ndarray:
+    """A picture that a damage of its middle shows in."""
+    return cv2.resize(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8), (256, 256))
+
+
+@pytest.mark.parametrize("kind", [".png", ".jpg"])
+@pytest.mark.parametrize("fill", [0, 0xD9])
+def test_an_image_with_a_damaged_middle_is_named_and_no_decoder_has_a_say_of_its_own(tmp_path, capfd, kind, fill):
+    path = tmp_path / f"spoilt{kind}"
+    data = cv2.imencode(kind, noise())[1]
+    path.write_bytes(data.tobytes())
+    np.testing.assert_array_equal(read_image(path), cv2.imdecode(data, cv2.IMREAD_COLOR))
+    data[len(data) // 2 :][:2000] = fill
+    path.write_bytes(data.tobytes())
+    line = complaint(read_image, path)
+    assert f"{path}: not an image, or a damaged one (" in line
+    assert "Corrupt JPEG data" in line if kind == ".jpg" else "libpng error" in line
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_say_while_an_image_is_decoded_is_not_lost(tmp_path, capfd, monkeypatch):
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), noise())
+    plain = cv2.imdecode
+
+    def talking(*arguments: Any) -> np.ndarray:
+        os.write(2, b"a thread has something to say\nlibpng warning: iCCP: known incorrect sRGB profile\n\n")
+        return plain(*arguments)
+
+    monkeypatch.setattr(cv2, "imdecode", talking)
+    assert read_image(path).shape == (256, 256, 3)
+    assert capfd.readouterr().err == "a thread has something to say\n"
 
 
 @pytest.mark.parametrize("kind", ["grey", "alpha", "jpeg", "turned"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from alignment.data.preprocess import preprocess
 from alignment.data.synthetic import draw
@@ -339,82 +340,9 @@ def test_a_batch_that_is_none_is_refused(batch):
         ExportOptions(batch=batch)
 
 
-def tiny(op: str = "Relu", opset: int = 17, inputs: int = 1, domain: str = "") -> bytes:
-    """One node on an image of 32 x 32."""
-    values = [helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, ["batch", 3, 32, 32]) for i in range(inputs)]
-    answer = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3, 32, 32])
-    nodes = [helper.make_node(op, [value.name for value in values], ["y"], domain=domain)] if op else []
-    opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
-    model = helper.make_model(helper.make_graph(nodes, "tiny", values, [answer]), opset_imports=opsets)
-    model.ir_version = 8
-    return model.SerializeToString()
-
-
-BAD_FOR_BOTH = {
-    "missing": None,
-    "empty": b"",
-    "cut off": tiny()[:-20],
-    "text": b"this is no model, it is a line of text",
-    "unknown op": tiny("Frobnicate"),
-}
-
-
-def complaint(function, *args) -> str:
-    with pytest.raises(AlignError) as caught:
-        function(*args)
-    assert "\n" not in str(caught.value)
-    assert caught.value.mend
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("reader", [check_onnx, OnnxRuntimeRunner])
-@pytest.mark.parametrize("content", BAD_FOR_BOTH.values(), ids=BAD_FOR_BOTH)
-def test_a_bad_onnx_file_is_named(tmp_path, reader, content):
-    path = tmp_path / "bad.onnx"
-    if content is not None:
-        path.write_bytes(content)
-    assert str(path) in complaint(reader, path)
-
-
 def test_a_truncated_export_is_named(dynamic, tmp_path):
     path = tmp_path / "cut.onnx"
     path.write_bytes(dynamic.onnx.read_bytes()[:100_000])
-    assert str(path) in complaint(check_onnx, path)
-    assert str(path) in complaint(OnnxRuntimeRunner, path)
-
-
-def test_an_old_opset_and_an_empty_graph_are_refused(tmp_path):
-    path = tmp_path / "bad.onnx"
-    path.write_bytes(tiny(opset=9))
-    assert f"{path}: opset 9, but 11 is the oldest" in complaint(check_onnx, path)
-    path.write_bytes(tiny(op=""))
-    assert str(path) in complaint(check_onnx, path)
-
-
-def test_what_only_the_backend_can_refuse(tmp_path):
-    path = tmp_path / "bad.onnx"
-    path.write_bytes(tiny("Frobnicate", domain="my.ops"))
-    check_onnx(path)
-    assert "Frobnicate" in complaint(OnnxRuntimeRunner, path)
-    path.write_bytes(tiny("Add", inputs=2))
-    assert "x0 tensor(float)" in complaint(OnnxRuntimeRunner, path)
-
-
-def test_images_of_the_wrong_size_are_refused(tmp_path):
-    path = tmp_path / "tiny.onnx"
-    path.write_bytes(tiny())
-    with OnnxRuntimeRunner(path) as runner:
-        assert runner.run(np.full((2, 3, 32, 32), -1, np.float32))["y"].max() == 0
-        line = complaint(runner.run, np.zeros((1, 3, 64, 64), np.float32))
-    assert "['batch', 3, 32, 32], but the variant's images are [1, 3, 64, 64]" in line
-
-
-def test_a_bare_onnx_variant_is_checked_and_used_as_it_is(tmp_path):
-    path = tmp_path / "bare.onnx"
-    path.write_bytes(tiny())
-    fields = {"name": "bare", "input": {"height": 32, "width": 32}, "classes": 1}
-    source = {"kind": "onnx", "file": str(path), "head": {"layout": "decoded"}}
-    variant = Variant.model_validate({**fields, "source": source})
-    assert exported(variant) == ExportedModel(path, None)
-    path.write_bytes(b"")
-    assert str(path) in complaint(exported, variant)
+    for reader in (check_onnx, OnnxRuntimeRunner):
+        with pytest.raises(AlignError, match=re.escape(str(path))):
+            reader(path)

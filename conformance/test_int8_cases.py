@@ -105,7 +105,8 @@ def test_agreement_counts_what_is_lost_moved_and_invented(dataset):
 
 def test_a_record_of_detections_alone_gives_them_back_in_sixteenths_of_a_pixel(tmp_path):
     rng = np.random.default_rng(1)
-    record = Record("v-tensorrt-int8-qdq", {"quantization": "x"}, compact=True)
+    identity = {"variant_fingerprint": "f" * 16, "weights_sha256": "0" * 64, "quantization": "x"}
+    record = Record("v-tensorrt-int8-qdq", identity, compact=True)
     found = {image: some(rng, count, 0.001) for image, count in ((3, 300), (1, 0), (7, 12))}
     for image, detections in found.items():
         record.add(image, "digest", np.zeros((2100, 4)), np.zeros((2100, 3)), detections)

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from alignment.compare.measure import Measured, TensorErrors
+from alignment.compare.verdict import judge
 from alignment.errors import AlignError
+from alignment.golden import GoldenCase
 from alignment.models.onnx_heads import require_plausible, sigmoid
 from alignment.models.outputs import to_outputs
 from alignment.variant import Variant
@@ -138,6 +141,19 @@ def table(count: int, kept: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
         "scores": rng.uniform(0.1, 1, (1, kept)).astype(np.float32),
         "labels": np.where(np.arange(kept) < count, rng.integers(0, CLASSES, (1, kept)), -1).astype(np.int32),
     }
+
+
+@pytest.mark.parametrize("name", ["scores", "boxes"])
+def test_detections_that_are_not_finite_are_no_padding_and_are_counted(name):
+    four = table(5)
+    four[name][0, 2] = np.nan
+    outputs = to_outputs(four, variant_of(EFFICIENT))
+    assert len(outputs.kept[0]) == 5
+    errors = TensorErrors()
+    errors.add(outputs, outputs, None)
+    assert errors.nonfinite == four[name][0, 2].size
+    checks = judge(Measured(matched=5, total=5, nonfinite=errors.nonfinite), GoldenCase(), 1, None)[3].checks
+    assert [(c.name, c.ok, c.limit) for c in checks] == [("NaN or infinite", False, "= 0 values of detections")]
 
 
 @given(st.integers(0, 8), st.integers(0, 99))

@@ -85,6 +85,27 @@ def test_a_backend_that_writes_into_its_input_fails_alone(samples, runners, tmp_
     assert bad.stages[0].checks[0].limit == f"= {IMAGES}"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["boxes", "scores", "cls_s8"])
+@pytest.mark.parametrize("guilty", [["torch"], ["onnxruntime"], ["torch", "onnxruntime"]], ids="-".join)
+def test_a_backend_whose_outputs_are_not_finite_fails_where_they_are(samples, runners, tmp_path, guilty, name, value):
+    for runner in runners.values():
+        runner.outputs["cls_s8"] = np.ones((1, 6, 4, 4), np.float32)
+    for backend in guilty:
+        runners[backend].outputs[name].reshape(-1)[7] = value
+    results = run(samples, tmp_path)
+    where = "raw" if name == "cls_s8" else "decoded"
+    for backend in guilty:
+        assert results[backend].first_difference == where
+        assert (
+            f"differs first at {where}: NaN or infinite {IMAGES}, allowed = 0 values of {name}"
+            in results[backend].reason
+        )
+    # One that is finite differs from a reference that is not.
+    assert results["onnxruntime"].first_difference == where
+    assert (results["torch"].status == "fail") == ("torch" in guilty)
+
+
 @pytest.mark.parametrize("guilty", ["torch", "onnxruntime"])
 def test_a_backend_that_is_fed_something_else_fails_alone(samples, runners, tmp_path, monkeypatch, guilty):
     feed = pipeline._Side.run

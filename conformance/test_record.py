@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from alignment.runners.record import (
     CANDIDATES,
     FULL_IMAGES,
     SCORE_STEP,
+    Candidates,
     Record,
     best_candidates,
     record_path,
@@ -122,6 +124,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "other version": damage_json(lambda fields: fields.update(record_version=99)),
     "no version": damage_json(lambda fields: fields.pop("record_version")),
     "field missing": damage_json(lambda fields: fields.pop("identity")),
+    "empty identity": damage_json(lambda fields: fields["identity"].clear()),
+    "identity without the weights": damage_json(lambda fields: fields["identity"].pop("weights_sha256")),
     "bad result": damage_json(lambda fields: fields.update(result={"case": 1})),
     "list": lambda path: path.write_text("[]"),
     "arrays of another run": lambda path: made(3, 1).save(path.parent / "b").with_suffix(".npz").replace(
@@ -276,9 +280,52 @@ def drop_detections(record: Record) -> None:
         record.detections[image] = type(found)(**kept)
 
 
+def keep_candidates(part: Callable[[int], slice]) -> Callable[[Record], None]:
+    def fault(record: Record) -> None:
+        for image, found in record.candidates.items():
+            kept = part(len(found.scores))
+            record.candidates[image] = Candidates(**{k: v[kept] for k, v in vars(found).items()})
+
+    return fault
+
+
+no_candidates = keep_candidates(lambda count: slice(0))
+without_the_best = keep_candidates(lambda count: slice(1, None))
+without_the_top_half = keep_candidates(lambda count: slice(count // 2, None))
+
+
+def other_rows(record: Record) -> None:
+    for found in record.candidates.values():
+        found.rows[:] += 1
+
+
+def no_full(record: Record) -> None:
+    record.full.clear()
+
+
+def one_full(record: Record) -> None:
+    record.full.popitem()
+
+
+def cut_full(record: Record) -> None:
+    record.full = {i: (boxes[1:], scores[1:]) for i, (boxes, scores) in record.full.items()}
+
+
+def no_statistics(record: Record) -> None:
+    stage(record.result, "decoded").tensors.clear()
+
+
 @pytest.mark.parametrize(
     ("fault", "where", "check"),
     [
+        (no_candidates, "decoded", "scores"),
+        (without_the_best, "decoded", "scores"),
+        (without_the_top_half, "decoded", "scores"),
+        (other_rows, "decoded", "scores"),
+        (no_full, "decoded", "full tensors"),
+        (one_full, "decoded", "full tensors"),
+        (cut_full, "decoded", "full tensors"),
+        (no_statistics, "decoded", "statistics"),
         (shift_candidates, "decoded", "boxes"),
         (shift_full, "decoded", "boxes"),
         (full_scores, "decoded", "scores"),
@@ -293,6 +340,30 @@ def test_a_fault_in_the_recorded_answers_is_found(live, golden, fault, where, ch
     found = replay(variant, TRT, golden, samples if with_images else None)
     assert (found.status, found.first_difference) == ("fail", where)
     assert any(c.name == check and not c.ok for c in stage(found, where).checks)
+
+
+@pytest.mark.parametrize("side", [TRT, Case("yolov8_embedded", "torch", "fp32")], ids=lambda case: case.backend)
+def test_candidates_that_one_side_lost_are_missed_whichever_it_is(live, golden, side):
+    rewrite(golden, side, without_the_top_half)
+    assert replay(live[0], TRT, golden, None).first_difference == "decoded"
+
+
+def test_below_the_last_candidate_of_a_full_list_nothing_can_be_said(live, golden):
+    boxes = np.random.default_rng(2).random((CANDIDATES + 9, 4))
+    scores = np.linspace(0.9, 0.1, len(boxes))[:, None]
+    other = scores.copy()  # the last that is listed and the first that is not change places
+    other[[CANDIDATES - 1, CANDIDATES]] = scores[[CANDIDATES, CANDIDATES - 1]]
+    image = live[1].dataset.images[0].id
+    for case, given in ((TRT, other), (reference_of(live[0]), scores)):
+        best = best_candidates(boxes, given)
+        rewrite(golden, case, lambda record, best=best: record.candidates.update({image: best}))
+    found = replay(live[0], TRT, golden, None)
+    assert found.status == "pass", found.reason
+    note = stage(found, "decoded").note
+    assert re.search(
+        rf"at most the best {CANDIDATES} \(so many are listed of \d of {IMAGES} images, where nothing", note
+    )
+    assert f"the full tensors of {FULL_IMAGES} images" in note
 
 
 def test_a_fault_in_the_recorded_statistics_is_found(live, golden):

@@ -18,14 +18,14 @@ TORCH, ORT, TRT = (f"yolov8_embedded-{backend}-fp32" for backend in ("torch", "o
 ORT16, TRT16 = (f"yolov8_embedded-{backend}-fp16" for backend in ("onnxruntime", "tensorrt"))
 
 
-def suite(*options: object, precisions: tuple[str, ...] = ("fp32",)) -> subprocess.CompletedProcess:
+def suite(*options: object, precisions: tuple[str, ...] = ("fp32",), addopts: str = "") -> subprocess.CompletedProcess:
     """``pytest -m fp32_alignment`` on six images of the embedded variant, with a golden folder that holds nothing."""
     pytest.importorskip("mmyolo")
     files = [str(ROOT / "conformance" / f"test_{precision}_alignment.py") for precision in precisions]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-rs"]
     command += ["-m", " or ".join(f"{precision}_alignment" for precision in precisions)]
     command += ["--variant", "yolov8_embedded", "--images", "6", "-p", "no:cacheprovider"]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTEST_ADDOPTS": addopts}
     return subprocess.run(
         [*command, *map(str, options)],
         cwd=ROOT,
@@ -146,3 +146,30 @@ def test_an_unknown_variant_is_a_usage_error():
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert said.count("no variant is named 'yolov9000'") == 1
     assert len(said.strip().splitlines()) <= 3, said
+
+
+@pytest.mark.parametrize("where", ["PYTEST_ADDOPTS", "addopts"])
+def test_strict_counts_wherever_pytest_takes_options_from(tmp_path, where):
+    if capabilities.missing() is None:
+        pytest.skip("TensorRT runs here")
+    given = ("-o", "addopts=--strict") if where == "addopts" else ()
+    addopts = "--strict" if where == "PYTEST_ADDOPTS" else ""
+    done = suite(*given, "--golden", tmp_path, "-k", "tensorrt", addopts=addopts)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 error" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--images", "0", "0 is no number of images: give 1 or more"),
+        ("--images", "-3", "-3 is no number of images: give 1 or more"),
+        ("--images", "six", "six is no number of images: give 1 or more"),
+        ("--report", __file__, f"--report {__file__}: Not a directory"),
+    ],
+)
+def test_options_that_make_no_sense_are_usage_errors(option, value, named):
+    done = suite(option, value)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert named in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

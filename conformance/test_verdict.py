@@ -231,6 +231,38 @@ def test_rates_of_many_images_do_not_bind_a_run_of_fewer(images, given, expected
         assert found[name].origin == ("measured" if images in (6, None) else widened)
 
 
+@pytest.mark.parametrize(
+    ("case", "name", "value", "expected"),
+    [
+        (ORT, "boxes", 0.037, 0.02),
+        (ORT, "scores", 2.9e-4, 1e-4),
+        (ORT, "boxes", 0.015, 0.015),
+        # What was measured, a third of it, breaks the promise itself.
+        (ORT, "boxes", 0.06, 0.06),
+        (ORT, "raw", 0.02, 0.02),
+        (Case("net", "tensorrt", "fp16"), "boxes", 0.037, 0.037),
+    ],
+)
+@pytest.mark.parametrize("origin", ["measured x × 3", "float64 says so"])
+def test_a_multiple_of_a_small_error_does_not_loosen_what_fp32_promises(case, name, value, expected, origin):
+    golden = Golden(
+        variant="net", cases={case.id: GoldenCase(tolerances={name: Tolerance(value=value, origin=origin)})}
+    )
+    found = limits(golden, case, {}).tolerances[name]
+    by_measure = origin.startswith("measured")
+    assert found.value == (expected if by_measure else value)
+    capped = by_measure and expected != value
+    assert found.origin == origin + (f"; at most {expected:g}, as FP32 promises" if capped else "")
+
+
+def test_update_writes_what_fp32_promises_too(tmp_path):
+    update(tmp_path, result_of(ORT, measured(boxes=0.0124)), {}, "why")
+    written = read_golden(tmp_path, "net").cases[ORT.id].tolerances["boxes"]
+    assert written.value == 0.02
+    assert written.origin.startswith("measured 0.0124 × 3")
+    assert written.origin.endswith("at most 0.02, as FP32 promises")
+
+
 def result_of(case: Case, found: Measured, provenance: dict[str, str] | None = None) -> CaseResult:
     return CaseResult(
         case=case.result_id(),

@@ -78,7 +78,8 @@ def _match(one: Detections, other: Detections) -> tuple[np.ndarray, float, float
         return found, 0.0, 0.0
     overlap = rotated_iou_matrix if one.boxes.shape[1] == 5 else iou_matrix
     iou = overlap(one.boxes[strong], other.boxes)
-    gap = np.abs(one.scores[strong, None] - other.scores[None])
+    with np.errstate(invalid="ignore"):  # of infinite scores, which match nothing
+        gap = np.abs(one.scores[strong, None] - other.scores[None])
     fits = (one.labels[strong, None] == other.labels[None]) & (iou >= IOU) & (gap <= SCORE_DIFFERENCE)
     free = np.ones(len(other), bool)
     box = score = 0.0

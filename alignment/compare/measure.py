@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from alignment.compare.detections import Agreement
-from alignment.compare.tensors import ErrorAccumulator
+from alignment.compare.tensors import ErrorAccumulator, count_nonfinite
 from alignment.models.outputs import Outputs
-from alignment.results import Scores, StageName, TensorResult
+from alignment.results import ErrorStats, Scores, StageName, TensorResult
 
 #: Units of the decoded tensors; the others are raw outputs.
 UNITS = {"boxes": "px", "angles": "rad", "scores": "probability"}
+#: Of a tensor that there is nothing to hold to.
+_NOTHING = ErrorStats(count=0, max_abs=0, mean_abs=0, p99_abs=0, cosine=0, sqnr_db=None)
 
 
 @dataclass
@@ -24,6 +26,8 @@ class Measured:
         tensors: ``boxes`` (px), of rotated ones also ``angles`` (rad), ``scores`` and the raw outputs.
         matched, total: detections with a counterpart, and all; see `Agreement`.
         scores: AP of both sides.
+        nonfinite: how many values of the subject's detections are NaN or infinite; those of tensors say it themselves.
+        held: of a record, what it holds of that which it must hold: name → (there, due).
         notes: what could not be measured and why, by stage.
     """
 
@@ -32,6 +36,8 @@ class Measured:
     matched: int = 0
     total: int = 0
     scores: Scores | None = None
+    nonfinite: int = 0
+    held: dict[str, tuple[int, int]] = field(default_factory=dict)
     notes: dict[StageName, str] = field(default_factory=dict)
 
     @property
@@ -46,19 +52,29 @@ class _Tensor:
     reference: ErrorAccumulator = field(default_factory=ErrorAccumulator)
     subject: ErrorAccumulator = field(default_factory=ErrorAccumulator)
     referee_images: int = 0
+    nonfinite: int = 0
 
 
 class TensorErrors:
-    """Errors of every named output: subject against reference, and both against float64 where that was run."""
+    """Errors of every named output: subject against reference, and both against float64 where that was run.
+
+    Attributes:
+        nonfinite: values of detections that a graph's own NMS kept which are NaN or infinite.
+    """
 
     def __init__(self) -> None:
         self._tensors: dict[str, _Tensor] = {}
+        self.nonfinite = 0
 
     def add(self, subject: Outputs, reference: Outputs | None, referee: Outputs | None) -> None:
         """Adds one batch.  Without a reference the subject is held to the referee itself."""
         truth = _named(referee) if referee else {}
         ours = _named(subject)
         theirs = _named(reference) if reference else truth
+        self.nonfinite += sum(count_nonfinite(found.boxes, found.scores) for found in subject.kept or ())
+        for name, values in ours.items():
+            if spoilt := count_nonfinite(values):
+                self._tensors.setdefault(name, _Tensor()).nonfinite += spoilt
         for name in [n for n in ours if n in theirs]:
             tensor = self._tensors.setdefault(name, _Tensor())
             tensor.difference.add(*comparable(name, ours[name], theirs[name]))
@@ -69,10 +85,10 @@ class TensorErrors:
                     tensor.reference.add(*comparable(name, theirs[name], truth[name]))
 
     def results(self) -> list[TensorResult]:
-        """One entry for each output that both sides have."""
+        """One entry for each output that both sides have, or that is not finite."""
         results = []
         for name, tensor in self._tensors.items():
-            difference = tensor.difference.stats()
+            difference = tensor.difference.stats() or (_NOTHING if tensor.nonfinite else None)
             if difference is not None:
                 results.append(
                     TensorResult(
@@ -82,6 +98,7 @@ class TensorErrors:
                         reference_error=tensor.reference.stats(),
                         subject_error=tensor.subject.stats(),
                         referee_images=tensor.referee_images,
+                        nonfinite=tensor.nonfinite,
                     )
                 )
         return results

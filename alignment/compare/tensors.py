@@ -106,6 +106,14 @@ class ErrorAccumulator:
         return min(float((low + high) / 2) if index else 0.0, self._max)
 
 
+def count_nonfinite(*arrays: np.ndarray) -> int:
+    """How many values are NaN or infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        # A sum is several times faster than to look at each, and finite where they all are, overflow aside.
+        spoilt = [array for array in arrays if not math.isfinite(float(array.sum()))]
+    return sum(int(np.count_nonzero(~np.isfinite(array))) for array in spoilt)
+
+
 def _sum(values: np.ndarray) -> float:
     """In the array's own dtype, which NumPy sums pairwise; in float64 where float32 overflows."""
     value = float(values.sum())

@@ -11,6 +11,8 @@ from alignment.results import STAGES, Check, StageName, StageResult, TensorResul
 Side = Literal["subject", "reference", "neither", "unknown"]
 #: What a decoded tensor is held to, by its unit.
 QUANTITIES: dict[str, Quantity] = {"px": "boxes", "rad": "angles", "probability": "scores"}
+#: The check that fails where a side's own values are.
+NOT_FINITE = "NaN or infinite"
 #: One side is at fault when its float64 error is this many times the other's.
 SIDE_FACTOR = 4.0
 
@@ -41,8 +43,15 @@ def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | No
     checks["decoded"] = [
         _at_most(QUANTITIES[t.unit], t, limits) for t in decoded if QUANTITIES[t.unit] in limits.tolerances
     ]
+    checks["raw"][:0], checks["decoded"][:0] = _finite(raw), _finite(decoded)
+    checks["decoded"] += [
+        Check(name=name, value=there, limit=f"= {due}", ok=there == due, origin="what a record holds")
+        for name, (there, due) in measured.held.items()
+    ]
     if "detections" not in measured.notes:
         checks["detections"] = _held({"agreement": measured.agreement}, limits)
+    if measured.nonfinite:
+        checks["detections"].insert(0, _not_finite("detections", measured.nonfinite))
     checks["map"] = _ap_checks(measured, limits, images, dataset)
     stages = []
     for name in STAGES:
@@ -129,6 +138,15 @@ def _at_most(quantity: Quantity, tensor: TensorResult, limits: GoldenCase) -> Ch
     return Check(
         name=quantity, value=value, limit=limit, ok=value <= tolerance.value and not nonfinite, origin=tolerance.origin
     )
+
+
+def _finite(tensors: list[TensorResult]) -> list[Check]:
+    """A check that fails for each tensor that is not finite: what equals NaN is NaN, and no answer."""
+    return [_not_finite(t.name, t.nonfinite) for t in tensors if t.nonfinite]
+
+
+def _not_finite(name: str, count: int) -> Check:
+    return Check(name=NOT_FINITE, value=count, limit=f"= 0 values of {name}", ok=False, origin="what a detector gives")
 
 
 def _ap_checks(measured: Measured, limits: GoldenCase, images: int, dataset: str | None) -> list[Check]:

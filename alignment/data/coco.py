@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
+from alignment.data.decoder import decode
 from alignment.errors import AlignError
+
+IMAGE_MEND = "give the image, or take it out of the annotations"
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,9 @@ class CocoDataset:
         images: in the order of the annotation file, at most as many as were asked for.
         category_ids: COCO category id of each class index (sorted ids: class k is the k-th category).
         class_names: one a class.
-        truth: the annotation file as it was read.  Annotations of rotated objects also have ``rbox``: cx, cy, w, h in
-            pixels and the angle in radians.
-        fingerprint: 16 hex digits over image names and annotations; equal data, equal fingerprint.
+        truth: the annotation file; annotations without `iscrowd` and `area` got them.  Annotations of rotated
+            objects also have ``rbox``: cx, cy, w, h in pixels and the angle in radians.
+        fingerprint: 16 hex digits over image names and annotations, not over the images; see `content_fingerprint`.
     """
 
     root: Path
@@ -68,7 +72,14 @@ class CocoDataset:
         """The same with the annotation file and the image folder named; `layout` says what errors advise."""
         try:
             truth = json.loads(path.read_text(encoding="utf-8"))
+            for name in ("images", "annotations", "categories"):
+                if not isinstance(truth[name], list):
+                    raise TypeError(name)
+            if not all(isinstance(image["file_name"], str) for image in truth["images"]):
+                raise TypeError("file_name")
             entries = [ImageEntry(i["id"], i["file_name"], folder / i["file_name"]) for i in truth["images"]]
+            _require_ids([entry.id for entry in entries], "image", path, layout)
+            _require_ids([c["id"] for c in truth["categories"]], "category", path, layout)
             categories = sorted(truth["categories"], key=lambda c: c["id"])
             known = {entry.id for entry in entries}
             strays = sorted({a["image_id"] for a in truth["annotations"]} - known)
@@ -82,13 +93,31 @@ class CocoDataset:
             raise AlignError(f"{path}: annotations name image id {strays[0]}, which is not among its images", layout)
         if not entries:
             raise AlignError(f"{path}: lists no images", layout)
+        # Of the file as it is, whatever it leaves out.
         digest = hashlib.sha256(json.dumps([truth["images"], truth["annotations"]], sort_keys=True).encode())
         entries = entries[:limit]
         for entry in entries:
             if not entry.path.is_file():
                 raise AlignError(f"{entry.path}: no such image, but {path.name} lists it", layout)
         ids, names = [c["id"] for c in categories], [c.get("name", str(c["id"])) for c in categories]
+        truth["annotations"] = _completed(truth["annotations"], set(ids), path, layout)
         return cls(root, split, entries, ids, names, truth, digest.hexdigest()[:16])
+
+    @cached_property
+    def content_fingerprint(self) -> str:
+        """16 hex digits over the bytes of the image files of `images`, in their order; they are read the first time.
+
+        Raises:
+            AlignError: for an image that cannot be read.
+        """
+        digest = hashlib.sha256()
+        for entry in self.images:
+            try:
+                with entry.path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise AlignError(f"{entry.path}: {error.strerror}", IMAGE_MEND) from None
+        return digest.hexdigest()[:16]
 
     def require_classes(self, count: int, variant: str) -> None:
         """Raises AlignError when a model with `count` classes cannot be scored on this dataset."""
@@ -109,18 +138,57 @@ class CocoDataset:
                 )
 
 
+def _require_ids(ids: list[Any], kind: str, path: Path, layout: str) -> None:
+    """Ids are whole numbers, each of one `kind` given once."""
+    seen: set[int] = set()
+    for number in ids:
+        if not isinstance(number, int):
+            raise AlignError(f"{path}: {kind} id {number!r} is not a whole number", layout)
+        if number in seen:
+            raise AlignError(f"{path}: {kind} id {number} is given twice", "give each its own")
+        seen.add(number)
+
+
+def _completed(annotations: list[Any], categories: set[int], path: Path, layout: str) -> list[dict[str, Any]]:
+    """The annotations with what many files leave out: that they are no crowd, and the area of their box.
+
+    Raises:
+        AlignError: for a box that is not four numbers, a category that is not there, and the like.
+    """
+    completed = []
+    for index, entry in enumerate(annotations):
+        where = f"{path}: annotation {entry['id'] if 'id' in entry else f'number {index + 1}'}"
+        box, category = entry.get("bbox"), entry.get("category_id")
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+            raise AlignError(f"{where}: bbox is {str(box)[:60]}, not x, y, width and height in pixels", layout)
+        if not isinstance(category, int) or category not in categories:
+            raise AlignError(f"{where}: category_id {str(category)[:60]} is not among the categories", layout)
+        crowd, area = entry.get("iscrowd"), entry.get("area")
+        crowd, area = 0 if crowd is None else crowd, box[2] * box[3] if area is None else area
+        if crowd not in (0, 1) or not _is_number(area):
+            what = f"iscrowd is {str(crowd)[:60]} and area {str(area)[:60]}, not 0 or 1 and a number"
+            raise AlignError(f"{where}: {what}", f"mend them, or leave them out; {layout}")
+        completed.append({**entry, "iscrowd": crowd, "area": area})
+    return completed
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def read_image(path: Path) -> np.ndarray:
     """Reads an image as mmcv does: ``[H, W, 3] uint8`` BGR, EXIF orientation applied.
 
     Raises:
-        AlignError: when the file is missing, empty or no image.
+        AlignError: when the file is missing, empty, no image, or one of which a part is lost.
     """
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
-        raise AlignError(f"{path}: {error.strerror}", "give the image, or take it out of the annotations") from None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
-    if image is None:
+        raise AlignError(f"{path}: {error.strerror}", IMAGE_MEND) from None
+    image, damage = decode(data) if len(data) else (None, "")
+    if image is None or damage:
         what = "not an image, or a damaged one" if len(data) else "an empty file"
+        what += f" ({damage})" if damage else ""
         raise AlignError(f"{path}: {what}", "give the image again, or take it out of the annotations")
     return image

@@ -39,7 +39,7 @@ def build_node_map(model: onnx.ModelProto, detector: Any) -> dict[str, dict[str,
             found = numpy_helper.to_array(initializers[node.input[1]])
             weight = getattr(modules.get(path), "weight", None)
             # A Conv without a module of its own is the DFL's fixed projection at most: mmyolo has none in ONNX.
-            if weight is None or not np.array_equal(found, weight.detach().numpy()):
+            if weight is None or not np.array_equal(found, weight.detach().numpy(), equal_nan=True):
                 raise RuntimeError(f"export: node {node.name} does not hold the weights of module {path!r}")
         entries[node.name] = entry
     return entries

@@ -19,6 +19,8 @@ from alignment.variant import OnnxSource, Variant
 
 INPUT = "images"
 OPSETS = range(13, 18)
+#: Of bare ONNX files.
+OLDEST_OPSET = 11
 
 
 @dataclass(frozen=True)
@@ -131,24 +133,37 @@ def check_onnx(path: Path) -> onnx.ModelProto:
         AlignError: when it is missing, truncated, not ONNX, or uses an op or opset that ONNX does not know, a plugin of
             TensorRT's say.
     """
-    mend = "export it again"
+    mend, opset = "export it again", 0
     if not path.is_file():
         raise AlignError(f"{path}: no such file", "give the ONNX file that the variant's YAML names")
     try:
         model = onnx.load(path)
         _refuse_plugins(model, path)
+        # Before the checker, which of an old opset says only that some node has too many inputs.
+        opset = _opset(model, path)
         onnx.checker.check_model(model)
     except AlignError:
         raise
     except Exception as error:  # protobuf and checker have error types of their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise AlignError(f"{path}: not a valid ONNX model: {reason}", mend) from None
-    if not model.graph.node:
-        raise AlignError(f"{path}: holds no nodes", mend)
-    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
-    if opset < 11:
-        raise AlignError(f"{path}: opset {opset}, but 11 is the oldest that is supported here", mend)
+        which = f" of opset {opset}" if opset else ""
+        raise AlignError(f"{path}: not a valid ONNX model{which}: {reason}", mend) from None
     return model
+
+
+def _opset(model: onnx.ModelProto, path: Path) -> int:
+    """The opset of a graph with nodes, where it is one that can be used here."""
+    if not model.graph.node:
+        raise AlignError(f"{path}: holds no nodes", "export it again")
+    opset: int = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+    newest = onnx.defs.onnx_opset_version()
+    if opset < OLDEST_OPSET:
+        what = f"{path}: opset {opset}, but {OLDEST_OPSET} is the oldest that is supported here"
+        raise AlignError(what, f"export it again with opset {OPSETS[0]} to {OPSETS[-1]}")
+    if opset > newest:
+        what = f"{path}: opset {opset}, but {newest} is the newest that onnx {onnx.__version__} knows"
+        raise AlignError(what, f"export it again with opset {OPSETS[0]} to {OPSETS[-1]}")
+    return opset
 
 
 def _refuse_plugins(model: onnx.ModelProto, path: Path) -> None:

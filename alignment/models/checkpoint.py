@@ -76,9 +76,15 @@ def load_into(model: torch.nn.Module, state: dict[str, Tensor], path: Path) -> N
         path: where `state` comes from, for the message.
 
     Raises:
-        AlignError: for weights of another model: how many keys differ, and the first of each kind.
+        AlignError: for weights of another model: how many keys differ, and the first of each kind; and for tensors
+            that are not plain ones.
     """
     own = {key: value for key, value in model.state_dict().items() if key in state or not key.endswith(COUNTER)}
+    for key in (key for key in own if key in state):
+        if kind := _odd_kind(state[key]):
+            raise AlignError(
+                f"{path}: {key} is a {kind} tensor", "save it as a dense one of real numbers, and with its values"
+            )
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own and not key.endswith(COUNTER)]
     misshapen = [key for key in own if key in state and own[key].shape != state[key].shape]
@@ -105,6 +111,18 @@ def load_into(model: torch.nn.Module, state: dict[str, Tensor], path: Path) -> N
         )
     # Not strict for the counters alone.
     model.load_state_dict({key: state[key] for key in own}, strict=False)
+
+
+def _odd_kind(tensor: Tensor) -> str | None:
+    """What makes a tensor one that is not copied as it is into a plain one."""
+    kinds = {
+        "nested": tensor.is_nested,
+        "sparse": tensor.layout is not torch.strided,
+        "quantized": tensor.is_quantized,
+        "meta": tensor.is_meta,
+        "complex": tensor.is_complex(),
+    }
+    return next((kind for kind, is_one in kinds.items() if is_one), None)
 
 
 def _unpickle(file: BinaryIO) -> Any:

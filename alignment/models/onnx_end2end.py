@@ -17,6 +17,8 @@ _Table = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def kept_by_graph(named: Named, variant: Variant, images: int) -> tuple[Detections, ...]:
     """What the graph's own NMS kept, image by image, without padding; boxes are in pixels of the network input.
 
+    A score that is NaN is no padding.
+
     Args:
         images: how many went in; a graph whose rows carry a batch index does not say it.
 
@@ -36,10 +38,10 @@ def _from_rows(named: Named, name: str, variant: Variant, images: int) -> list[_
     """``[B, K, 6]`` as YOLOv10 ends, or ``[n, 7]`` as YOLOv7's end2end export does."""
     rows = output_named(named, name, "output", variant)
     if rows.ndim == 3 and rows.shape[2] == 6:
-        return [(image[:, :4], image[:, 4], image[:, 5], image[:, 4] > 0) for image in rows]
+        return [(image[:, :4], image[:, 4], image[:, 5], ~(image[:, 4] <= 0)) for image in rows]
     if rows.ndim == 2 and rows.shape[1] == 7 and (rows[:, 0] == np.rint(rows[:, 0])).all():
         parts = [rows[rows[:, 0] == index] for index in range(images)]
-        return [(part[:, 1:5], part[:, 6], part[:, 5], part[:, 6] > 0) for part in parts]
+        return [(part[:, 1:5], part[:, 6], part[:, 5], ~(part[:, 6] <= 0)) for part in parts]
     raise AlignError(
         f"{variant.weights}: output {shapes_of({name: rows})}, but layout end2end is [B, K, 6] (box, score, label), "
         "[n, 7] (batch index, box, label, score) or four outputs",
@@ -57,7 +59,7 @@ def _from_four(named: Named, head: End2EndHead, variant: Variant) -> list[_Table
     else:
         scores = used[head.scores] = output_named(named, head.scores, "scores", variant)
     fits = boxes.ndim == 3 and boxes.shape[2] == 4 and scores.shape == labels.shape == boxes.shape[:2]
-    valid = scores > 0
+    valid = ~(scores <= 0)
     if head.count is not None:
         count = used[head.count] = output_named(named, head.count, "count", variant)
         fits = fits and count.size == len(boxes)

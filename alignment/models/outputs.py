@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from alignment.data.preprocess import Transform
+from alignment.errors import AlignError
 from alignment.models.onnx_end2end import kept_by_graph
-from alignment.models.onnx_heads import decode
+from alignment.models.onnx_heads import decode, shapes_of
 from alignment.nms.multiclass import Detections, postprocess
 from alignment.variant import OnnxSource, Variant
 
@@ -47,22 +48,30 @@ class Outputs:
         ]
 
 
-def to_outputs(named: dict[str, np.ndarray], variant: Variant, images: int = 1) -> Outputs:
+def to_outputs(named: dict[str, np.ndarray], variant: Variant, images: int | None = None) -> Outputs:
     """Sorts a runner's outputs, and decodes them where the graph does not.
 
     Args:
-        images: how many went in.
+        images: how many went in; default: as many as the outputs are for, or one where rows of detections do not say.
 
     Raises:
-        AlignError: when the graph of a bare ONNX file does not have the outputs that its head layout asks for.
+        AlignError: when the graph of a bare ONNX file does not have the outputs that its head layout asks for, or has
+            them for another number of images.
     """
     if variant.ends_in_nms:
+        images = images or 1
         kept = kept_by_graph(named, variant, images)
         return Outputs(
             {}, np.empty((images, 0, 4), np.float32), np.empty((images, 0, variant.classes), np.float32), kept
         )
     if isinstance(variant.source, OnnxSource):
-        return Outputs(*decode(named, variant))
+        found = Outputs(*decode(named, variant))
+        if images is not None and len(found.boxes) != images:
+            raise AlignError(
+                f"{variant.weights}: {images} images went in, but outputs are {shapes_of(named)}",
+                "export it with a dynamic batch, or leave --batch at what the graph was made for",
+            )
+        return found
     raw = {name: value for name, value in named.items() if name not in ("boxes", "scores")}
     return Outputs(raw, named["boxes"], named["scores"])
 

@@ -27,7 +27,8 @@ class OnnxRuntimeRunner(Runner):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        # Fatal ones only: every error is also raised, and said once.
+        options.log_severity_level = 4
         options.intra_op_num_threads = cpu_threads() or 0
         level = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
@@ -58,7 +59,8 @@ class OnnxRuntimeRunner(Runner):
         """See `Runner.run`.  A graph with a fixed batch gets the batch in pieces, the last filled up.
 
         Raises:
-            AlignError: when the images do not have the size that the graph asks for.
+            AlignError: when the images do not have the size that the graph asks for, and when a node cannot be run: a
+                graph whose inputs are dynamic may hold shapes that are not.
         """
         for given, asked in zip(batch.shape[1:], self._shape[1:], strict=True):
             if isinstance(asked, int) and given != asked:
@@ -70,4 +72,14 @@ class OnnxRuntimeRunner(Runner):
         return in_pieces(batch, fixed, self._batched, self._piece)
 
     def _piece(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(self._outputs, self._session.run(self._outputs, {self._input: images}), strict=True))
+        try:
+            answers = self._session.run(self._outputs, {self._input: images})
+        except Exception as error:  # as above
+            reason = " ".join(str(error).split())
+            if len(reason) > 300:  # the node comes first, its shapes last
+                reason = f"{reason[:120]} ... {reason[-180:]}"
+            raise AlignError(
+                f"{self._path}: ONNX Runtime cannot run it on {list(images.shape)}: {reason}",
+                "export it for this batch and size, or mend `input` in the variant's YAML or --batch",
+            ) from None
+        return dict(zip(self._outputs, answers, strict=True))

@@ -21,6 +21,8 @@ from alignment.results import CaseResult
 from alignment.storage import writing
 
 RECORD_VERSION = 1
+#: What the identity of every record says.
+IDENTITY = {"variant_fingerprint", "weights_sha256"}
 CANDIDATES = 256
 CANDIDATE_SCORE = 0.001
 FULL_IMAGES = 2
@@ -40,6 +42,11 @@ class Candidates:
     labels: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
+
+    @property
+    def floor(self) -> float:
+        """The highest score that a pair may have which is not among them: a full list says nothing of those below."""
+        return float(self.scores.min()) if len(self.scores) >= CANDIDATES else CANDIDATE_SCORE
 
 
 @dataclass
@@ -96,9 +103,10 @@ class Record:
             arrays[f"{name}_count"] = np.array([len(p.scores) for p in parts], np.int32)
             for key in ("boxes", "scores", "labels", "rows"):
                 arrays[f"{name}_{key}"] = np.concatenate([getattr(p, key) for p in parts])
-        for image, (boxes, scores) in self.full.items():
-            arrays[f"full_{image}_boxes"] = np.rint(boxes / _box_steps(STEPS, boxes)).astype(np.int32)
-            arrays[f"full_{image}_scores"] = np.rint(scores / SCORE_STEP).astype(np.int32)
+        with np.errstate(invalid="ignore"):  # fixed point has no NaN; how many there are, the statistics say
+            for image, (boxes, scores) in self.full.items():
+                arrays[f"full_{image}_boxes"] = np.rint(boxes / _box_steps(STEPS, boxes)).astype(np.int32)
+                arrays[f"full_{image}_scores"] = np.rint(scores / SCORE_STEP).astype(np.int32)
         fields = {
             "record_version": RECORD_VERSION,
             "case": self.case,
@@ -130,6 +138,8 @@ class Record:
                 raise AlignError(f"{path}: record version {fields['record_version']}, not {RECORD_VERSION}", mend)
             with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
                 arrays = dict(stored)
+            if lost := IDENTITY - fields["identity"].keys():
+                raise ValueError(f"identity lacks {', '.join(sorted(lost))}")
             record = cls(fields["case"], fields["identity"], {int(i): d for i, d in fields["digests"].items()})
             record.compact = fields.get("compact", False)
             record._fill(arrays, fields["steps"])

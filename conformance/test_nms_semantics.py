@@ -232,3 +232,20 @@ def test_the_anchors_of_topk_are_onnx_runtimes():
     boxes = np.zeros((100, 4), np.float32)
     fates = run(Semantics(0.0, 0.5, topk=40, topk_unit="anchors"), boxes, scores)
     assert set(fates.rows[fates.fates != Fate.CUT_BY_TOPK]) == set(rows.tolist())
+
+
+@pytest.mark.topk
+@pytest.mark.parametrize("unit", ["pairs", "anchors"])
+def test_topk_takes_equal_scores_as_they_were_seen_to_be_taken(unit):
+    """Four rows of one score, and K of 2: TopK is bound to no order of them."""
+    corner = np.arange(4, dtype=np.float32)[:, None] * 20
+    boxes = np.concatenate([corner, corner * 0, corner + 10, corner * 0 + 10], 1)
+    scores = np.full((4, 2), 0.5, np.float32)
+    scores[:, 1] = 0
+    semantics = Semantics(0.25, 0.5, topk=2, topk_unit=unit)
+    for first in ([6, 2], [4, 6]):
+        fates = run(semantics, boxes, scores, first=np.array(first))
+        assert (fates.rows * 2 + fates.labels)[fates.kept].tolist() == first
+    if unit == "anchors":
+        fates = run(semantics, boxes, scores, first_rows=np.array([3, 1]))
+        assert fates.rows[fates.kept].tolist() == [3, 1]

@@ -1,0 +1,295 @@
+"""What a graph gives after NMS is held to its own rows; what that costs is counted with each side's own boxes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from nms_scenes import scenes
+from onnx import helper, numpy_helper
+from typer.testing import CliRunner
+
+from alignment import divergence
+from alignment.cli import app
+from alignment.data.samples import Samples, open_samples
+from alignment.deployed import seen_pairs
+from alignment.divergence import explain_records, explain_variant, explanation
+from alignment.engine.capabilities import missing
+from alignment.errors import AlignError
+from alignment.export.nms_head import NmsHead, with_nms
+from alignment.models.outputs import Outputs
+from alignment.nms.causes import Limits, Side
+from alignment.nms.explain import explain
+from alignment.nms.implementations import FLOOR, efficient_nms
+from alignment.nms.semantics import Semantics, run
+from alignment.referee import with_truth
+from alignment.results import Alignment
+from alignment.runners.record import Record
+from alignment.variant import Variant, golden_dir, load_variant
+
+pytestmark = pytest.mark.nms
+IMAGES = 3
+
+
+@pytest.fixture(scope="module")
+def variant() -> Variant:
+    pytest.importorskip("mmyolo")
+    return load_variant("yolov8_embedded")
+
+
+@pytest.fixture(scope="module")
+def samples(variant) -> Samples:
+    return open_samples(variant, None, IMAGES)
+
+
+def efficient(threshold: float = 0.25) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What EfficientNMS_TRT at the end of a graph gives of a scene, as its semantics say; and the pairs it keeps."""
+    scene = scenes()["scattered"]
+    attributes = {**scene.settings, "score_threshold": threshold}
+    boxes, scores = scene.boxes[0], scene.scores[0].copy()
+    scores[::3] *= np.float32(1e-3)
+    fates = run(efficient_nms(attributes), boxes, scores)
+    rows, labels, count = fates.rows[fates.kept], fates.labels[fates.kept], len(fates.kept)
+    named = {
+        "boxes": boxes[None],
+        "scores": scores[None],
+        "num_dets": np.array([[count]], np.int32),
+        "det_boxes": np.zeros((1, 300, 4), np.float32),
+        "det_scores": np.zeros((1, 300), np.float32),
+        "det_labels": np.zeros((1, 300), np.int32),
+    }
+    named["det_boxes"][0, :count] = boxes[rows]
+    named["det_scores"][0, :count] = fates.scores[fates.kept]
+    named["det_labels"][0, :count] = labels
+    return named, rows * scores.shape[1] + labels
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.001])
+def test_detections_of_efficient_nms_are_copies_of_rows(threshold):
+    named, pairs = efficient(threshold)
+    assert ((named["det_scores"] == FLOOR).any()) == (threshold < 0.007)
+    seen = seen_pairs(named, "efficient_nms")
+    np.testing.assert_array_equal(seen.kept, pairs)
+    np.testing.assert_array_equal(seen.detections.rows, pairs // 3)
+    assert not seen.faults
+
+
+def test_equal_rows_serve_once_each():
+    named, _ = efficient()
+    named["boxes"][0, :2], named["scores"][0, :2] = [0, 0, 9, 9], [0.9, 0, 0]
+    named["num_dets"][0, 0] = 2
+    named["det_boxes"][0, :3], named["det_scores"][0, :3], named["det_labels"][0, :3] = [0, 0, 9, 9], 0.9, 0
+    assert seen_pairs(named, "efficient_nms").pairs.tolist() == [0, 3]
+    named["num_dets"][0, 0] = 3
+    seen = seen_pairs(named, "efficient_nms")
+    assert seen.pairs[2] in (1, 2, 4, 5, -1)
+    assert len(seen.faults) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("det_labels", lambda a: a + 1, "class 1 for 0"),
+        ("det_boxes", lambda a: a[..., [1, 0, 3, 2]], "the graph gives box ["),
+        ("det_boxes", lambda a: a * 2, "the graph gives box ["),
+        ("det_scores", lambda a: a * np.float32(0.5), "the graph gives score 0."),
+    ],
+)
+def test_a_detection_that_is_no_copy_is_a_fault_of_its_row(name, change, said):
+    named, pairs = efficient()
+    named[name] = change(named[name])
+    seen = seen_pairs(named, "efficient_nms")
+    assert set(seen.faults) == set(pairs.tolist())
+    assert set(seen.kept.tolist()) == set(pairs.tolist())
+    assert any(said in text for text in seen.faults.values())
+
+
+def test_a_detection_of_nowhere_counts_against_the_nearest_row():
+    named, _ = efficient()
+    named["num_dets"][0, 0] = 1
+    named["det_boxes"][0, 0], named["det_scores"][0, 0], named["det_labels"][0, 0] = -1000, 0.12345, 7
+    seen = seen_pairs(named, "efficient_nms")
+    assert seen.pairs.tolist() == [-1]
+    ((pair, text),) = seen.faults.items()
+    assert pair // 3 == np.abs(named["boxes"][0] + 1000).sum(1).argmin()
+    assert "class 7 with score 0.12345" in text
+
+
+def after(output: str, node: onnx.NodeProto, *constants: Any) -> Callable[[onnx.ModelProto, NmsHead], onnx.ModelProto]:
+    """NMS at the end of a graph, and one more node between what makes `output` and what takes it."""
+
+    def ended(model: onnx.ModelProto, head: NmsHead) -> onnx.ModelProto:
+        made = with_nms(model, head)
+        place = next(i for i, n in enumerate(made.graph.node) if output in n.output)
+        for other in made.graph.node:
+            for names in (other.input, other.output):
+                for index, name in enumerate(names):
+                    if name == output and (names is other.output or output != "detections"):
+                        names[index] = f"{output}_right" if names is other.output else f"{output}_wrong"
+        wrong = onnx.NodeProto()
+        wrong.CopyFrom(node)
+        wrong.input[0], wrong.output[0] = f"{output}_right", output if output == "detections" else f"{output}_wrong"
+        made.graph.node.insert(place + 1, wrong)
+        made.graph.initializer.extend(constants)
+        return made
+
+    return ended
+
+
+SWAPPED = after(
+    "detections",
+    helper.make_node("Gather", ["", "wrong_order"], [""], "wrong", axis=1),
+    numpy_helper.from_array(np.array([0, 2, 1, 4, 3, 5, 6]), "wrong_order"),
+)
+NEXT_LABEL = after(
+    "nms_label_f",
+    helper.make_node("Add", ["", "wrong_one"], [""], "wrong"),
+    numpy_helper.from_array(np.float32(1), "wrong_one"),
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(SWAPPED, "the graph gives box ["), (NEXT_LABEL, "the graph gives class ")]
+)
+def test_a_graph_that_spoils_what_its_nms_selected_is_found_out(variant, samples, monkeypatch, wrong, said):
+    changes = {"score_threshold": 0.05}
+    right = explain_variant(variant, "onnxruntime", samples, golden_dir(), changes)
+    monkeypatch.setattr(divergence, "with_nms", wrong)
+    found = explain_variant(variant, "onnxruntime", samples, golden_dir(), changes)
+    assert right.causes["unexplained"] == 0
+    assert found.causes["unexplained"] >= found.detections[1]
+    assert all(said in d.replay for each in found.divergences.values() for d in each if d.cause == "unexplained")
+    # AP of what the graph gave, and of what the reference itself keeps.
+    assert found.ap["subject"] < 0.5 * right.ap["subject"]
+    assert found.ap["reference"] == right.ap["reference"]
+    assert found.ap["unexplained"] == pytest.approx(right.ap["subject"], abs=1e-6)
+
+
+def test_the_references_ap_is_of_its_own_boxes(variant, samples, monkeypatch):
+    """Boxes that the graph spoils before NMS spoil one side only."""
+    right = explain_variant(variant, "onnxruntime", samples, golden_dir(), {"score_threshold": 0.05})
+
+    def doubled(model: onnx.ModelProto, head: NmsHead) -> onnx.ModelProto:
+        double = helper.make_node("Mul", ["", "wrong_two"], [""], "wrong")
+        spoilt = after("boxes", double, numpy_helper.from_array(np.float32(1.5), "wrong_two"))(model, head)
+        for output in spoilt.graph.output:
+            output.name = output.name.replace("boxes", "boxes_wrong") if output.name == "boxes" else output.name
+        for node in spoilt.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [name.replace("boxes_wrong", "boxes") for name in names]
+        for output in spoilt.graph.output:
+            output.name = output.name.replace("boxes_wrong", "boxes")
+        return spoilt
+
+    monkeypatch.setattr(divergence, "with_nms", doubled)
+    found = explain_variant(variant, "onnxruntime", samples, golden_dir(), {"score_threshold": 0.05})
+    assert found.ap["reference"] == right.ap["reference"] > 0.1
+    assert found.ap["subject"] < 0.5 * right.ap["subject"]
+    assert set(found.causes) == {"unexplained"}
+
+
+def test_ap_without_a_cause_is_without_all_that_follows_from_it(variant, samples):
+    found = explain_variant(variant, "onnxruntime", samples, golden_dir(), {"score_threshold": 0.001}, 12)
+    roots = {d.root for each in found.divergences.values() for d in each}
+    assert roots == found.ap.keys() - {"reference", "subject"}
+    assert "cascade" not in roots
+    if len(roots) == 1:
+        assert found.ap[roots.pop()] == pytest.approx(found.ap["reference"], abs=1e-4)
+
+
+def test_a_threshold_that_nobody_asked_for_is_wrong_however_well_explained(variant, samples):
+    changes = {"score_threshold": 0.05}
+    found = explain_variant(variant, "onnxruntime", samples, golden_dir(), changes, deployed={"score_threshold": 0.3})
+    assert set(found.causes) <= {"score_threshold", "cascade"}
+    assert found.causes["score_threshold"] > 0
+    assert found.wrong_settings == 0
+    found.asked = frozenset()
+    assert found.wrong_settings == found.causes.total()
+    told = explanation(found, "x", ("a", "b"), [])
+    assert told.unexplained == 0
+    assert not Alignment(created="", command="", explanations=[told]).aligned
+
+
+@pytest.mark.parametrize(("asked", "status"), [(True, 0), (False, 1)])
+def test_the_command_fails_for_a_wrong_threshold(monkeypatch, tmp_path, asked, status):
+    pytest.importorskip("mmyolo")
+    command = ["explain", "yolov8_embedded", "--images", "2", "--score-threshold", "0.001", "--show", "1"]
+    command += ["--deployed-score-threshold", "0.3", "--out", str(tmp_path)]
+    if not asked:
+        of = property(lambda _: frozenset(), lambda *_: None)
+        monkeypatch.setattr(divergence.Explained, "asked", of, raising=False)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == status, done.output
+    last = done.stdout.splitlines()[-1]
+    assert ("by a wrong setting: " in last) != asked
+    assert "unexplained: 0" in last
+    assert " more: --show " in done.stdout
+    assert ("by a wrong setting" in (tmp_path / "report.html").read_text()) != asked
+
+
+def test_a_threshold_that_is_none_is_one_line():
+    pytest.importorskip("mmyolo")
+    done = CliRunner().invoke(app, ["explain", "yolov8_embedded", "--images", "1", "--score-threshold", "2"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("align: score_threshold 2.0: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+RECORDS = golden_dir() / "records"
+
+
+def test_records_are_explained_in_either_order():
+    """The wider of the limits of both; what moved in half precision did so whichever side it is."""
+    paths = [RECORDS / f"yolov8_embedded-{name}.json" for name in ("torch-fp32", "tensorrt-fp16")]
+    ways = [explain_records(*order, golden_dir()) for order in (paths, paths[::-1])]
+    for found in ways:
+        assert set(found.causes) <= {"precision", "cascade"}
+        assert found.causes["precision"] > 0
+    assert ways[0].causes.total() == ways[1].causes.total()
+
+
+@pytest.mark.parametrize("name", ["labels", "scores"])
+def test_recorded_detections_are_held_to_their_candidates(tmp_path, name):
+    reference, subject = (RECORDS / f"yolov8_embedded-{name}-fp32.json" for name in ("torch", "tensorrt"))
+    record = Record.load(subject)
+    image = next(i for i, found in record.detections.items() if len(found) > 2)
+    found = record.detections[image]
+    change = {"labels": (found.labels + 1) % 3, "scores": found.scores + np.float32(0.01)}[name]
+    record.detections[image] = dataclasses.replace(found, **{name: change})
+    told = explain_records(reference, record.save(tmp_path), golden_dir())
+    assert told.causes["unexplained"] == len(told.divergences[image]) > 0
+    assert all("has a detection of score" in d.replay for d in told.divergences[image])
+
+
+def test_float64_says_which_side_is_nearer():
+    boxes, scores = np.array([[0, 0, 10, 10]], np.float32), np.array([[0.25002]], np.float32)
+    reference = Side(Semantics(0.25, 0.5), boxes, scores)
+    subject = dataclasses.replace(reference, scores=np.array([[0.24998]], np.float32))
+    (found,) = explain(reference, subject, Limits(0.02, 1e-4))
+    truth = Outputs({}, boxes[None].astype(float), np.array([[[0.25001]]]))
+    told = with_truth(found, truth, reference, subject)
+    assert told.replay.startswith(found.replay)
+    assert "float64 of the scores is nearer to the reference: the reference is 1e-05 from it" in told.replay
+    assert with_truth(dataclasses.replace(found, root="topk_limit"), truth, reference, subject).replay == found.replay
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("topk", [None, 40])
+@pytest.mark.parametrize("threshold", [0.001, 0.25])
+def test_every_difference_of_efficient_nms_on_a_gpu_is_explained(variant, samples, threshold, topk):
+    if reason := missing():
+        pytest.skip(reason)
+    found = explain_variant(variant, "tensorrt", samples, golden_dir(), {"score_threshold": threshold}, topk)
+    assert found.images == IMAGES
+    assert found.causes["unexplained"] == 0
+    assert found.wrong_settings == 0
+    assert found.ap["subject"] > 0.1
+
+
+def test_a_bad_change_of_settings_is_refused(variant, samples):
+    with pytest.raises(AlignError, match="iou_threshold 3"):
+        explain_variant(variant, "onnxruntime", samples, golden_dir(), deployed={"iou_threshold": 3})

@@ -122,6 +122,40 @@ def test_k_is_clipped_to_what_tensorrt_takes_and_that_is_said(asked, rows, kind,
     assert notes[0].startswith(said) if said else not notes
 
 
+@pytest.mark.topk
+@pytest.mark.parametrize(("asked", "rows"), [(0, 8400), (-1, 8400), (100, "rows"), (100, None)])
+@pytest.mark.parametrize("kind", ["efficient_nms", "onnx_nms"])
+def test_a_k_that_cannot_be_is_refused(asked, rows, kind):
+    boxes = onnx.helper.make_tensor_value_info("boxes", onnx.TensorProto.FLOAT, ["batch", rows, 4])
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [boxes]))
+    with pytest.raises(AlignError, match=f"^--topk {asked}: "):
+        lint(asked, model, NmsHead(kind, Nms()))
+    with pytest.raises(AlignError, match="TopK of 0 rows"):
+        NmsHead(kind, Nms(), topk=0)
+
+
+@pytest.mark.topk
+@pytest.mark.parametrize("command", [["explain"], ["export", "--nms", "efficient_nms", "--out", "none"]])
+def test_the_command_refuses_a_k_of_0(command, tmp_path, monkeypatch):
+    pytest.importorskip("mmyolo")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [*command, "yolov8_embedded", "--topk", "0"])
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        "align: --topk 0: no row would go on to NMS: give 1 or more, or leave it out for all rows"
+    ]
+
+
+@pytest.mark.topk
+@pytest.mark.parametrize(("asked", "said"), [(3840, False), (3841, True)])
+def test_a_k_that_only_onnx_runtime_takes_is_announced(asked, said):
+    boxes = onnx.helper.make_tensor_value_info("boxes", onnx.TensorProto.FLOAT, ["batch", 8400, 4])
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [boxes]))
+    count, notes = lint(asked, model, NmsHead("onnx_nms", Nms()))
+    assert count == asked
+    assert any("for ONNX Runtime, not for TensorRT, which takes no K above 3840" in note for note in notes) == said
+
+
 @pytest.mark.parametrize(
     ("kind", "threshold", "said"),
     [

@@ -135,7 +135,7 @@ def explain_variant(
             found.images += 1
             if progress:
                 progress(found.images)
-    found.detections = risk.total("reference"), risk.total("subject")
+    found.detections = risk.counts[0], risk.counts[1]
     found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in risk.sides.items()}
     if out is not None:
         found.crops = _crops(found, risk, samples, out)

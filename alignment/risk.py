@@ -16,9 +16,11 @@ class Risk:
 
     Attributes:
         sides: ``reference``, ``subject`` or a cause → image id → detections in pixels of the original image.
+        counts: how many detections the reference kept and the subject gave.
     """
 
     def __init__(self) -> None:
+        self.counts = [0, 0]
         self.sides: dict[str, dict[int, Detections]] = {"reference": {}, "subject": {}}
 
     def add(self, sample: Sample, reference: Side, seen: Seen, differing: list[Divergence]) -> None:
@@ -26,6 +28,7 @@ class Risk:
         image, classes = sample.entry.id, reference.scores.shape[1]
         ours = kept(reference, sample.transform)
         one = _of_pairs(reference, ours)
+        self.counts = [self.counts[0] + len(one), self.counts[1] + len(seen.detections)]
         for cause in {d.root for d in differing} - self.sides.keys():
             self.sides[cause] = dict(self.sides["subject"])
         self.sides["reference"][image] = _placed([one], sample, classes)
@@ -36,10 +39,6 @@ class Risk:
             stays = ~np.isin(seen.pairs, undone) & ((seen.pairs >= 0) | (name != "unexplained"))
             parts = [_some(seen.detections, stays), _some(one, np.isin(ours, undone))]
             self.sides[name][image] = _placed(parts, sample, classes)
-
-    def total(self, name: str) -> int:
-        """Detections of one side."""
-        return sum(map(len, self.sides[name].values()))
 
 
 def _of_pairs(side: Side, pairs: np.ndarray) -> Detections:

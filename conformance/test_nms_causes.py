@@ -222,7 +222,28 @@ def test_mmyolo_against_efficient_nms(name, causes):
     assert all(agrees(d, reference, subject, MOVED) for d in found)
 
 
-MARGIN = re.compile(r"(?P<what>score|box) moved by (?P<moved>[-+.e\d]+).*?(was|, )(?P<margin>[-+.e\d]+) from")
+NUMBER = r"([-+.e\d]+)"
+SCORE = re.compile(rf"its own score put back: score moved by {NUMBER}; it was {NUMBER} from the score")
+IOU = re.compile(rf"was {NUMBER}, {NUMBER} from {NUMBER}, and is {NUMBER}$")
+
+
+@settings(max_examples=200, deadline=None)
+@given(images(values=st.integers(0, 8).map(lambda i: i / 8)), st.integers(0, 2**32 - 1))
+def test_what_moved_did_so_by_more_than_its_margin(image, seed):
+    boxes, scores = image
+    rng = np.random.default_rng(seed)
+    moved = (boxes + rng.uniform(-0.01, 0.01, boxes.shape)).astype(np.float32)
+    drifted = (scores + rng.uniform(-5e-5, 5e-5, scores.shape)).astype(np.float32)
+    for d in explain(Side(BASE, boxes, scores), Side(BASE, moved, drifted), LIMITS):
+        assert "put back" in d.replay
+        assert {d.root} == {"numeric"}
+        if found := SCORE.search(d.replay):
+            amount, margin = map(float, found.groups())
+            assert margin <= 1.01 * amount
+        if found := IOU.search(d.replay):
+            was, margin, threshold, now = map(float, found.groups())
+            assert margin == pytest.approx(abs(was - threshold), abs=2e-6)
+            assert margin <= abs(now - was) + 1e-6
 
 
 @pytest.mark.parametrize("cause", ["numeric", "precision"])

@@ -165,21 +165,14 @@ class _Explainer:
             if side.seen is not None and (pair in in_side) != (pair in state.kept):
                 return _Answer("unexplained", f"the {name} does not do what its settings say")
         turned = self._turned(pair)
-        if turned == [INPUTS]:
+        if INPUTS in turned:
+            # They come last, so that on the reference's inputs both semantics say the same of the pair.
             return self._put_back(pair, frozenset())
         # Undone at either end of the path it is a change of one side as it is.
-        first = dict.fromkeys((turned[-1], turned[0], *turned[1:-1]))
-        semantic = [name for name in (*first, *(p for p in self.parameters if p not in first)) if name != INPUTS]
-        refused = ""
-        for sets in (([name] for name in first if name in semantic), [[INPUTS]], ([name] for name in semantic)):
-            for one in sets:
-                answer = self._replayed(pair, frozenset(one))
-                if answer is not None and answer.proof is not None:
-                    return answer
-                refused = refused or (answer.replay if answer is not None else "")
-        return self._joint(pair, [*semantic, INPUTS], turned) or _Answer(
-            "unexplained", refused or "no change of one side explains it"
-        )
+        for name in dict.fromkeys((turned[-1], turned[0], *turned, *self.parameters)):
+            if name != INPUTS and (answer := self._replayed(pair, frozenset((name,)))):
+                return answer
+        return self._joint(pair, turned)
 
     def _turned(self, pair: int) -> list[str]:
         """The parameters that turn the pair's fate where the reference takes over the subject's one after the other."""
@@ -199,24 +192,23 @@ class _Explainer:
 
     def _replayed(self, pair: int, changed: frozenset[str]) -> _Answer | None:
         """The answer that a change of these parameters on one side gives; inputs are put back into the subject only."""
-        if not changed <= self.all:
-            return None
         if self._agrees(pair, "subject", changed):
             return self._told(pair, "subject", changed) if INPUTS not in changed else self._put_back(pair, changed)
         if INPUTS not in changed and self._agrees(pair, "reference", changed):
             return self._told(pair, "reference", changed)
         return None
 
-    def _joint(self, pair: int, names: list[str], turned: list[str]) -> _Answer | None:
+    def _joint(self, pair: int, turned: list[str]) -> _Answer:
         """A smallest set of parameters that one side must take over: two, or what cannot be made smaller by one."""
-        for two in combinations([name for name in names if name in self.all], 2):
+        for two in combinations(self.parameters, 2):
             answer = self._replayed(pair, frozenset(two))
             if answer is not None and answer.proof is not None:
                 return answer
         first, last = self.parameters.index(turned[0]), self.parameters.index(turned[-1])
-        sets: list[tuple[End, tuple[str, ...]]] = [("subject", self.parameters[first:])]
-        if turned[-1] != INPUTS:
-            sets.append(("reference", self.parameters[: last + 1]))
+        sets: tuple[tuple[End, tuple[str, ...]], ...] = (
+            ("subject", self.parameters[first:]),
+            ("reference", self.parameters[: last + 1]),
+        )
         smallest = []
         for end, given in sets:
             changed = frozenset(given)
@@ -303,7 +295,7 @@ class _Explainer:
         if said := too_far(mover.moved(values), self.limits):
             return _Answer("unexplained", said)
         said = mover.told(pair, values, step, self.transform, semantics)
-        follows = values.of if values.of != pair and values.of in self.differing else None
+        follows = next((one for one in values.of[:1] if one != pair and one in self.differing), None)
         cause = self.moved
         if names:
             said, cause = f"{self._said('subject', names)}, and {said}", self._named(names[0], step, pair)

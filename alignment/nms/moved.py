@@ -15,16 +15,22 @@ from alignment.nms.steps import BY_OTHERS, State, Step
 
 #: Up to so many rows, each is tried without.
 _FEW = 16
+#: With so many of the pairs that decided about it, a pair is tried together.
+_TOGETHER = 4
 Rerun = Callable[[np.ndarray, np.ndarray], State]
 
 
 @dataclass(frozen=True)
 class Values:
-    """Scores of `scores`, pairs, and boxes of `boxes`, rows; `of` is the pair whose they are, None of several rows."""
+    """Scores of `scores`, pairs, and boxes of `boxes`, rows.
+
+    Attributes:
+        of: the pairs whose they are; empty where they are those of several rows with all their classes.
+    """
 
     scores: tuple[int, ...]
     boxes: tuple[int, ...]
-    of: int | None = None
+    of: tuple[int, ...] = ()
 
 
 class Mover:
@@ -43,22 +49,22 @@ class Mover:
     def least(self, pair: int, kept: bool) -> tuple[Values, Step] | None:
         """The first values of those worth a try that make `pair` `kept` or not, and what putting them back changes.
 
-        In this order: its score, its box, both; those of each pair that decided about it; several rows.
+        In this order: its score, its box, both; those of each pair that decided about it; of it and such a pair
+        together; several rows.
         """
         for values in self._attempts(pair):
             if (step := self._with(values)) and (pair in step.before.kept) == kept:
-                return self._without_idle(pair, kept, values, step) if values.of is None else (values, step)
+                return (values, step) if values.of else self._without_idle(pair, kept, values, step)
         return None
 
     def _attempts(self, pair: int) -> Iterator[Values]:
         deciders = self.step.deciders(pair)
-        for one in (pair, *deciders):
-            row = one // self.classes
-            yield from (Values((one,), (), one), Values((), (row,), one), Values((one,), (row,), one))
-        rows = [one // self.classes for one in (pair, *deciders, *self._nearest(pair))]
-        rows = list(dict.fromkeys(rows))
-        for size in (*(2**power for power in range(1, len(rows).bit_length())), len(rows)):
-            yield self._rows(rows[:size])
+        for pairs in (*((one,) for one in (pair, *deciders)), *((pair, one) for one in deciders[:_TOGETHER])):
+            rows = tuple(dict.fromkeys(one // self.classes for one in pairs))
+            yield from (Values(pairs, (), pairs), Values((), rows, pairs), Values(pairs, rows, pairs))
+        near = list(dict.fromkeys(one // self.classes for one in (pair, *deciders, *self._nearest(pair))))
+        for size in (*(2**power for power in range(1, len(near).bit_length())), len(near)):
+            yield self._rows(near[:size])
 
     def _rows(self, rows: list[int]) -> Values:
         pairs = [row * self.classes + label for row in sorted(rows) for label in range(self.classes)]
@@ -108,23 +114,22 @@ class Mover:
     def told(self, pair: int, values: Values, step: Step, transform: Transform | None, semantics: Semantics) -> str:
         """What was put back, how far it had moved, and what it crossed."""
         amounts = self.moved(values)
-        if values.of is None:
+        if not values.of:
             count = len(values.boxes)
             shown = ", ".join(map(str, values.boxes[:5])) + (", ..." if count > 5 else "")
             far = " and ".join(f"{name} by up to {amount:.3g}" for name, amount in amounts.items())
             return f"{count} rows put back ({shown}): {far}"
         names = {"scores": "score", "boxes": "box"}
         amounts = {name: amounts[name] for name in ("scores", "boxes") if name in amounts}
-        whose = (
-            "its own" if values.of == pair else f"row {values.of // self.classes}, class {values.of % self.classes}:"
-        )
-        what = f"{whose} {' and '.join(names[name] for name in amounts)} put back"
+        whose = [
+            "its own" if one == pair else f"row {one // self.classes}, class {one % self.classes}:" for one in values.of
+        ]
+        what = f"{' and '.join(whose)} {' and '.join(names[name] for name in amounts)} put back"
         far = ", ".join(f"{names[name]} moved by {amount:.3g}" for name, amount in amounts.items())
-        flipped = values.of in step.before.kept ^ step.after.kept
+        moved = values.of[0]
+        about = moved if moved in step.before.kept ^ step.after.kept else pair
         boxes, scores = self.put_back(values)
-        crossed = _crossed(
-            values.of if flipped else pair, step, Side(semantics, boxes, scores), self.subject, transform
-        )
+        crossed = _crossed(about, step, Side(semantics, boxes, scores), self.subject, transform)
         return f"{what}: {far}{crossed and f'; {crossed}'}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,23 +12,26 @@ import onnx
 import pytest
 from nms_scenes import scenes
 from onnx import helper, numpy_helper
+from test_nms_causes import agrees
 from typer.testing import CliRunner
 
 from alignment import divergence
 from alignment.cli import app
 from alignment.data.samples import Samples, open_samples
-from alignment.deployed import seen_pairs
+from alignment.deployed import deployed_semantics, seen_pairs
 from alignment.divergence import explain_records, explain_variant, explanation
 from alignment.engine.capabilities import missing
 from alignment.errors import AlignError
 from alignment.export.nms_head import NmsHead, with_nms
+from alignment.export.onnx_export import ExportOptions, exported
 from alignment.models.outputs import Outputs
 from alignment.nms.causes import Limits, Side
-from alignment.nms.explain import explain
-from alignment.nms.implementations import FLOOR, efficient_nms
+from alignment.nms.explain import explain, kept
+from alignment.nms.implementations import FLOOR, efficient_nms, mmyolo
 from alignment.nms.semantics import Semantics, run
 from alignment.referee import with_truth
 from alignment.results import Alignment
+from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.runners.record import Record
 from alignment.variant import Variant, golden_dir, load_variant
 
@@ -275,6 +279,32 @@ def test_float64_says_which_side_is_nearer():
     assert told.replay.startswith(found.replay)
     assert "float64 of the scores is nearer to the reference: the reference is 1e-05 from it" in told.replay
     assert with_truth(dataclasses.replace(found, root="topk_limit"), truth, reference, subject).replay == found.replay
+
+
+@pytest.mark.topk
+@pytest.mark.parametrize("topk", [None, 40])
+@pytest.mark.parametrize("threshold", [0.001, 0.25])
+def test_every_difference_of_efficient_nms_on_real_outputs_is_explained(variant, samples, threshold, topk):
+    """Its semantics in place of the plugin, which runs on a GPU only; inputs that moved as an engine's do."""
+    rng = np.random.default_rng(0)
+    nms = variant.nms.model_copy(update={"score_threshold": threshold})
+    semantics = deployed_semantics(NmsHead("efficient_nms", nms, topk), "8.6.1")
+    causes: Counter[str] = Counter()
+    with OnnxRuntimeRunner(exported(variant, ExportOptions(outputs="decoded")).onnx) as runner:
+        for sample in samples:
+            named = runner.run(sample.tensor[None])
+            boxes, scores = named["boxes"][0], named["scores"][0]
+            moved = (boxes + rng.uniform(-0.01, 0.01, boxes.shape)).astype(np.float32)
+            drifted = (scores * rng.uniform(1 - 1e-4, 1 + 1e-4, scores.shape)).astype(np.float32)
+            reference, subject = Side(mmyolo(nms), boxes, scores), Side(semantics, moved, drifted)
+            rows = np.argsort(-drifted.max(1), kind="stable")[:topk] if topk else None
+            subject = dataclasses.replace(subject, seen=kept(subject), seen_rows=rows)
+            found = explain(reference, subject, Limits(0.011, 1.1e-4), sample.transform)
+            assert all(agrees(d, reference, subject, sample.transform) for d in found)
+            causes.update(d.root for d in found)
+    assert causes["unexplained"] == 0
+    assert bool(causes["padding"]) == (threshold == 0.001)
+    assert bool(causes["topk_limit"]) == (topk is not None)
 
 
 @pytest.mark.gpu

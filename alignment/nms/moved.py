@@ -58,11 +58,18 @@ class Mover:
         return None
 
     def _attempts(self, pair: int) -> Iterator[Values]:
-        deciders = self.step.deciders(pair)
-        for pairs in (*((one,) for one in (pair, *deciders)), *((pair, one) for one in deciders[:_TOGETHER])):
+        suppressors = self.step.suppressors(pair)
+        rivals = [one for one in self.step.rivals(pair) if one not in suppressors]
+        groups: list[tuple[int, ...]] = [(one,) for one in (pair, *suppressors)]
+        # A suppressed pair hangs on nothing but those that suppress it.
+        groups += [(pair, one) for one in suppressors[:_TOGETHER]]
+        groups += [(one,) for one in rivals]
+        groups += [(pair, one) for one in rivals[:_TOGETHER]]
+        for pairs in groups:
             rows = tuple(dict.fromkeys(one // self.classes for one in pairs))
             yield from (Values(pairs, (), pairs), Values((), rows, pairs), Values(pairs, rows, pairs))
-        near = list(dict.fromkeys(one // self.classes for one in (pair, *deciders, *self._nearest(pair))))
+        near = [one // self.classes for one in (pair, *suppressors, *rivals, *self._nearest(pair))]
+        near = list(dict.fromkeys(near))
         for size in (*(2**power for power in range(1, len(near).bit_length())), len(near)):
             yield self._rows(near[:size])
 

@@ -97,8 +97,8 @@ class Step:
             found.append(other)
         return found
 
-    def deciders(self, pair: int) -> list[int]:
-        """The pairs that decided about it, those that decided about them, and so on; a few dozen at most."""
+    def suppressors(self, pair: int) -> list[int]:
+        """The pairs that suppressed it before or after, those that suppressed them, and so on; a few dozen at most."""
         found, queue = [pair], [pair]
         while queue and len(found) < _DECIDERS:
             now = queue.pop(0)
@@ -107,4 +107,10 @@ class Step:
                 if other is not None and other not in found:
                     found.append(other)
                     queue.append(other)
-        return [*found[1:], *(other for other in self.flipped if other not in found)][:_DECIDERS]
+        return found[1:]
+
+    def rivals(self, pair: int) -> list[int]:
+        """The pairs that flipped too, those first that flipped the other way; a few dozen at most."""
+        here = pair in self.before.kept
+        others = [one for one in self.flipped if one != pair]
+        return sorted(others, key=lambda one: (one in self.before.kept) == here)[:_DECIDERS]

@@ -18,19 +18,21 @@ from typer.testing import CliRunner
 from alignment import divergence
 from alignment.cli import app
 from alignment.data.samples import Samples, open_samples
-from alignment.deployed import deployed_semantics, seen_pairs
-from alignment.divergence import explain_records, explain_variant, explanation
+from alignment.deployed import Seen, deployed_semantics, seen_pairs
+from alignment.divergence import Explained, explain_records, explain_variant, explanation
 from alignment.engine.capabilities import missing
 from alignment.errors import AlignError
 from alignment.export.nms_head import NmsHead, with_nms
 from alignment.export.onnx_export import ExportOptions, exported
 from alignment.models.outputs import Outputs
-from alignment.nms.causes import Limits, Side
+from alignment.nms.causes import Divergence, Limits, Outcome, Side
 from alignment.nms.explain import explain, kept
 from alignment.nms.implementations import FLOOR, efficient_nms, mmyolo
+from alignment.nms.multiclass import Detections
 from alignment.nms.semantics import Semantics, run
 from alignment.referee import with_truth
 from alignment.results import Alignment
+from alignment.risk import Risk
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.runners.record import Record
 from alignment.variant import Variant, golden_dir, load_variant
@@ -196,13 +198,34 @@ def test_the_references_ap_is_of_its_own_boxes(variant, samples, monkeypatch):
     assert set(found.causes) == {"unexplained"}
 
 
-def test_ap_without_a_cause_is_without_all_that_follows_from_it(variant, samples):
-    found = explain_variant(variant, "onnxruntime", samples, golden_dir(), {"score_threshold": 0.001}, 12)
-    roots = {d.root for each in found.divergences.values() for d in each}
-    assert roots == found.ap.keys() - {"reference", "subject"}
-    assert "cascade" not in roots
-    if len(roots) == 1:
-        assert found.ap[roots.pop()] == pytest.approx(found.ap["reference"], abs=1e-4)
+def test_a_cause_is_undone_with_all_that_follows_from_it(variant, samples):
+    """The subject's TopK loses the first box, so that the second, which it suppressed, comes up."""
+    boxes = np.array([[0, 0, 100, 100], [0, 0, 100, 90], [200, 200, 300, 300]], np.float32)
+    scores = np.zeros((3, variant.classes), np.float32)
+    scores[:, 0] = 0.9, 0.8, 0.7
+    reference = Side(Semantics(0.25, 0.5), boxes, scores)
+    rows = kept(reference) // variant.classes
+    seen = Seen(
+        Detections(boxes[1:2], scores[1:2, 0], np.zeros(1, np.int32), np.ones(1, np.int32)), np.array([variant.classes])
+    )
+    outcome = Outcome(False, ""), Outcome(True, "kept")
+    differing = [
+        Divergence(0, 0, 0.9, *outcome[::-1], "topk_limit", "", "topk_limit"),
+        Divergence(1, 0, 0.8, *outcome, "cascade", "", "topk_limit", (0, 0)),
+        Divergence(2, 0, 0.7, *outcome[::-1], "max_output", "", "max_output"),
+    ]
+    risk, sample = Risk(), next(iter(samples))
+    risk.add(sample, reference, seen, differing)
+    shown = {name: sides[sample.entry.id].rows.tolist() for name, sides in risk.sides.items()}
+    assert rows.tolist() == [0, 2]
+    assert shown == {"reference": [0, 2], "subject": [1], "topk_limit": [0], "max_output": [1, 2]}
+    assert risk.counts == [2, 1]
+    told = explanation(Explained(1, (2, 1), {1: differing}), "x", ("a", "b"), [])
+    assert {c.cause: (c.boxes, c.followers) for c in told.causes} == {
+        "topk_limit": (1, 1),
+        "max_output": (1, 0),
+        "cascade": (1, 0),
+    }
 
 
 def test_a_threshold_that_nobody_asked_for_is_wrong_however_well_explained(variant, samples):

@@ -192,6 +192,19 @@ def test_parameters_that_explain_a_pair_only_together_are_all_said():
     assert all(agrees(d, reference, subject) for d in found)
 
 
+def test_of_pairs_that_follow_each_other_by_different_changes_the_first_is_a_root():
+    boxes = [[0, 0, 8, 10], [2, 0, 12, 10], [4, 0, 12, 10], [4, 0, 14, 10]]
+    scores = [[0.8, 0.9], [0.9, 0.7], [0.7, 0.5], [0.9, 0.7]]
+    one = Semantics(
+        0.25, 0.5, multi_label=False, topk=3, candidate_cap=3, ties="falling", max_per_class=1, topk_unit="anchors"
+    )
+    one = dataclasses.replace(one, max_output=2)
+    reference, subject = sides(one, dataclasses.replace(one, topk_unit="pairs", max_output=1), boxes, scores)
+    found = explain(reference, subject, LIMITS)
+    assert {(d.row, d.label): d.follows for d in found} == {(0, 1): None, (1, 0): None, (3, 0): (1, 0)}
+    assert all(agrees(d, reference, subject) for d in found)
+
+
 def nms_sides(name: str, image: int = 0) -> tuple[Side, Side]:
     scene = SCENES[name]
     given = scene.settings

@@ -316,14 +316,17 @@ def explain(
     data: Data = None,
     images: Images = None,
     score_threshold: Annotated[float | None, typer.Option(help="of both sides; default: the variant's")] = None,
+    deployed_score_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
+    deployed_iou_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
     topk: Annotated[int | None, typer.Option(help="only so many rows go on to the deployed NMS; default: all")] = None,
     golden: Golden = None,
-    show: Annotated[int, typer.Option(help="how many of the boxes to list")] = 20,
+    show: Annotated[int, typer.Option(min=0, help="how many of the boxes to list")] = 20,
     out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
 ) -> None:
-    """Explain every detection that only mmyolo's NMS keeps, or only the one at the end of a deployed graph.
+    """Explain every detection that mmyolo's NMS and the one at the end of a deployed graph do not both keep alike.
 
-    Of two records: every one that only one of them leads to, under the variant's own NMS.
+    Of two records: every one that they do not both lead to under the variant's own NMS.  Exit status 1: something is
+    unexplained, or due to a threshold that differs though no option says so.
     """
     from alignment import session
     from alignment.report.run_folder import write_run
@@ -337,7 +340,9 @@ def explain(
             found = _explain_records(Path(what[0]), Path(what[1]), golden)
         else:
             pictures = Path(staging) if out_dir else None
-            found = _explain_variant(what[0], backend, data, images, score_threshold, topk, golden, pictures)
+            deployed = {"score_threshold": deployed_score_threshold, "iou_threshold": deployed_iou_threshold}
+            asked = {"score_threshold": score_threshold}, deployed
+            found = _explain_variant(what[0], backend, data, images, asked, topk, golden, pictures)
         alignment.explanations.append(found)
         _print_explanation(found, show)
         if out_dir:
@@ -345,10 +350,11 @@ def explain(
                 shutil.copytree(Path(staging) / "pictures", out_dir / "pictures", dirs_exist_ok=True)
             write_run(alignment, out_dir)
             out.print(f"report: {out_dir / 'report.html'}", markup=False)
+    wrong = f"by a wrong setting: {found.wrong_settings}, " if found.wrong_settings else ""
     ap = "" if found.subject_ap is None else f"AP {found.reference_ap:.4f} and {found.subject_ap:.4f}, "
     out.print(
         f"{found.images} images, {found.reference_detections} and {found.subject_detections} detections, {ap}"
-        f"{found.differing} of one side only, unexplained: {found.unexplained}",
+        f"{found.differing} differ, {wrong}unexplained: {found.unexplained}",
         markup=False,
     )
     raise typer.Exit(0 if alignment.aligned else 1)
@@ -359,11 +365,12 @@ def _explain_variant(
     backend: str,
     data: Path | None,
     images: int | None,
-    score_threshold: float | None,
+    asked: tuple[dict[str, float | None], dict[str, float | None]],
     topk: int | None,
     golden: Path | None,
     pictures: Path | None,
 ) -> Explanation:
+    """`asked`: settings of NMS on both sides, and of the deployed one alone; None for those that are as they were."""
     from alignment.case import reference_of
     from alignment.data.samples import open_samples
     from alignment.divergence import HEADS, explain_variant, explanation
@@ -378,7 +385,7 @@ def _explain_variant(
         raise AlignError(f"--backend {backend}: no graph ends in NMS there", f"choose from {', '.join(HEADS)}")
     require_boxes(variant)
     samples = open_samples(variant, data, images)
-    changes = {} if score_threshold is None else {"score_threshold": score_threshold}
+    changes, deployed = ({name: value for name, value in each.items() if value is not None} for each in asked)
     with _progress(variant.name) as move:
         found = explain_variant(
             variant,
@@ -389,6 +396,7 @@ def _explain_variant(
             topk,
             pictures,
             lambda n: move(n, len(samples)),
+            deployed,
         )
     sides = f"mmyolo's NMS on {reference_of(variant).backend}", f"{HEADS[backend]} on {backend}"
     return explanation(found, f"{variant.name}-{HEADS[backend]}", sides, samples.dataset.class_names)
@@ -404,9 +412,10 @@ def _explain_records(reference: Path, subject: Path, golden: Path | None) -> Exp
 def _print_explanation(found: Explanation, show: int) -> None:
     for note in found.notes:
         out.print(note, markup=False)
-    table = Table("cause", "boxes", "AP without", title=f"{found.subject} against {found.reference}")
+    table = Table("cause", "boxes", "followers", "AP without", title=f"{found.subject} against {found.reference}")
     for cause in found.causes:
-        table.add_row(cause.cause, str(cause.boxes), "-" if cause.ap_without is None else f"{cause.ap_without:.4f}")
+        ap = "-" if cause.ap_without is None else f"{cause.ap_without:.4f}"
+        table.add_row(cause.cause, str(cause.boxes), str(cause.followers or "-"), ap)
     if found.causes:
         out.print(table)
     for box in found.boxes[:show]:
@@ -416,6 +425,8 @@ def _print_explanation(found: Explanation, show: int) -> None:
             f"subject {box.subject}; {box.cause}{follows}: {box.replay}",
             markup=False,
         )
+    if len(found.boxes) > show:
+        out.print(f"{len(found.boxes) - show} more: --show {len(found.boxes)}, or --out for all of them", markup=False)
 
 
 @app.command()

@@ -7,26 +7,31 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from pydantic import ValidationError
 
 from alignment.case import Case, reference_of
 from alignment.compare.coco_map import coco_ap
 from alignment.data.coco import read_image
-from alignment.data.samples import Sample, Samples
-from alignment.engine.capabilities import Capabilities
+from alignment.data.samples import Samples
+from alignment.deployed import deployed_semantics, seen_pairs
 from alignment.errors import AlignError
 from alignment.export.nms_head import ROWS, Kind, NmsHead, lint, require_boxes, with_nms
 from alignment.export.onnx_export import ExportOptions, exported
 from alignment.golden import limits, read_golden
 from alignment.models.outputs import to_outputs
-from alignment.nms.explain import Divergence, Limits, Side, explain
-from alignment.nms.implementations import efficient_nms, mmyolo, onnx_nms
+from alignment.nms.causes import WRONG_SETTINGS, Divergence, Limits, Moved, Side
+from alignment.nms.explain import explain
+from alignment.nms.implementations import mmyolo
 from alignment.nms.multiclass import Detections, iou_matrix
-from alignment.nms.semantics import Semantics, run
+from alignment.nms.semantics import run
 from alignment.pipeline import boxes_of, write_picture
+from alignment.referee import MovedReferee
 from alignment.results import CauseCount, ExplainedBox, Explanation, WorstImage
+from alignment.risk import Risk
 from alignment.runners.base import Runner
 from alignment.runners.open import open_model, open_runner
 from alignment.runners.record import BOX_STEP, CANDIDATE_SCORE, CANDIDATES, SCORE_STEP, Candidates, Record
@@ -46,10 +51,12 @@ class Explained:
     Attributes:
         images: how many.
         detections: how many the reference and the subject kept.
-        divergences: image id → what only one of them kept.
+        divergences: image id → what only one of them kept, or both otherwise.
         notes: about the graph, before anything ran.
-        ap: COCO AP of ``reference`` and ``subject``, and by cause: that of the subject with its divergences undone.
+        ap: COCO AP of ``reference`` and ``subject``, and by cause: that of the subject with its divergences, and those
+            that follow from it, undone.
         crops: pictures of the first of them.
+        asked: settings that were to differ.
     """
 
     images: int = 0
@@ -58,21 +65,18 @@ class Explained:
     notes: list[str] = field(default_factory=list)
     ap: dict[str, float] = field(default_factory=dict)
     crops: list[WorstImage] = field(default_factory=list)
+    asked: frozenset[str] = frozenset()
+
+    @property
+    def wrong_settings(self) -> int:
+        """How many divergences come from a setting that differs though nobody asked for that."""
+        wrong = set(WRONG_SETTINGS) - self.asked
+        return sum(d.root in wrong for found in self.divergences.values() for d in found)
 
     @property
     def causes(self) -> Counter[str]:
         """How many divergences each cause has."""
         return Counter(d.cause for found in self.divergences.values() for d in found)
-
-
-def deployed_semantics(head: NmsHead, version: str | None) -> Semantics:
-    """What the NMS of a graph does; `version` is TensorRT's."""
-    if head.kind == "onnx_nms":
-        found = onnx_nms(head.nms.score_threshold, head.nms.iou_threshold, head.nms.max_per_image)
-    else:
-        ability = Capabilities.of(version) if version else Capabilities.current()
-        found = efficient_nms(head.attributes, ability.nms_candidates)
-    return found if head.topk is None else replace(found, topk=head.topk, topk_unit="anchors")
 
 
 def explain_variant(
@@ -84,6 +88,7 @@ def explain_variant(
     topk: int | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
+    deployed: dict[str, float] | None = None,
 ) -> Explained:
     """Runs mmyolo's NMS on the reference's outputs, and a graph that ends in NMS on `backend`.
 
@@ -96,52 +101,70 @@ def explain_variant(
         topk: K of a TopK over the rows before the deployed NMS.
         out: the RUN folder that receives pictures, or None.
         progress: called with the number of images done.
+        deployed: fields of the NMS in place of those, for the deployed graph alone.
 
     Raises:
         AlignError: for a variant whose graph already ends in NMS, or a backend that is not on this machine.
     """
     require_boxes(variant)
-    variant = variant.model_copy(update={"nms": Nms.model_validate({**variant.nms.model_dump(), **(changes or {})})})
+    variant = variant.model_copy(update={"nms": _changed(variant.nms, changes)})
     model = onnx.load(exported(variant, ExportOptions(outputs="decoded")).onnx)
-    head = NmsHead(HEADS[backend], variant.nms, keep=True)
+    head = NmsHead(HEADS[backend], _changed(variant.nms, deployed), keep=True)
     count, notes = lint(topk, model, head)
     head = replace(head, topk=count)
     case = Case(variant.name, backend, "fp32")  # type: ignore[arg-type]
-    found = Explained(notes=notes)
+    found, risk = Explained(notes=notes, asked=frozenset(deployed or ())), Risk()
     with (
         tempfile.TemporaryDirectory() as folder,
         open_runner(variant, reference_of(variant)) as reference,
         _deployed(model, head, case, Path(folder)) as subject,
     ):
-        held_to = limits(read_golden(golden, variant.name), case, subject.provenance).tolerances
-        allowed = Limits(held_to["boxes"].value, held_to["scores"].value)
+        allowed = _allowed(golden, (case, subject.provenance))
         semantics = deployed_semantics(head, subject.provenance.get("tensorrt"))
-        kept = _Kept()
+        referee = MovedReferee(variant, reference)
         for sample in samples:
             ours = to_outputs(reference.run(sample.tensor[None]), variant)
             named = subject.run(sample.tensor[None])
+            seen = seen_pairs(named, head.kind)
+            rows = named[ROWS][0] if ROWS in named else None
             one = Side(mmyolo(variant.nms), ours.boxes[0], ours.scores[0])
-            other = Side(semantics, named["boxes"][0], named["scores"][0], seen_pairs(named, head.kind))
-            differing = explain(one, other, allowed, sample.transform)
+            other = Side(semantics, named["boxes"][0], named["scores"][0], seen.kept, rows, seen.faults)
+            differing = referee.judged(sample, one, other, explain(one, other, allowed, sample.transform))
             found.divergences[sample.entry.id] = differing
-            kept.add(sample, one, other, differing)
+            risk.add(sample, one, seen, differing)
             found.images += 1
             if progress:
                 progress(found.images)
-    found.detections = kept.total("reference"), kept.total("subject")
-    found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in kept.sides.items()}
+    found.detections = risk.counts[0], risk.counts[1]
+    found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in risk.sides.items()}
     if out is not None:
-        found.crops = _crops(found, kept, samples, out)
+        found.crops = _crops(found, risk, samples, out)
     return found
 
 
-def _crops(found: Explained, kept: _Kept, samples: Samples, out: Path) -> list[WorstImage]:
+def _changed(nms: Nms, changes: dict[str, float] | None) -> Nms:
+    try:
+        return Nms.model_validate({**nms.model_dump(), **(changes or {})})
+    except ValidationError as error:
+        name, said = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
+        raise AlignError(f"{name} {(changes or {}).get(str(name))}: {said}", "give another one") from None
+
+
+def _allowed(golden: Path, *cases: tuple[Case, dict[str, Any]]) -> Limits:
+    """How far inputs of these cases may move, each with its provenance: the widest of their golden limits."""
+    held_to = [limits(read_golden(golden, case.variant), case, place).tolerances for case, place in cases]
+    return Limits(*(max(one[name].value for one in held_to) for name in ("boxes", "scores")))
+
+
+def _crops(found: Explained, risk: Risk, samples: Samples, out: Path) -> list[WorstImage]:
     """What surrounds the boxes of highest score that only one side keeps, with what overlaps them on both sides."""
     entries, names = {entry.id: entry for entry in samples.dataset.images}, samples.dataset.class_names
     crops = []
     for index, (image, d) in enumerate(ordered(found)[:CROPS]):
-        sides = kept.sides["reference"][image], kept.sides["subject"][image]
+        sides = risk.sides["reference"][image], risk.sides["subject"][image]
         has = [np.flatnonzero((side.rows == d.row) & (side.labels == d.label)) for side in sides]
+        if not any(map(len, has)):
+            continue
         owner = 0 if len(has[0]) else 1
         box = sides[owner].boxes[has[owner][0]]
         pixels = read_image(entries[image].path)
@@ -195,7 +218,7 @@ def explain_records(reference: Path, subject: Path, golden: Path, progress: Prog
 
     Args:
         reference, subject: JSON files of records.
-        golden: folder of golden values, whose limits for the subject's case say how far inputs may move.
+        golden: folder of golden values, the wider of whose limits for the two cases say how far inputs may move.
         progress: see `explain_variant`.
 
     Raises:
@@ -209,21 +232,25 @@ def explain_records(reference: Path, subject: Path, golden: Path, progress: Prog
         raise AlignError(
             f"{reference} and {subject}: other weights, settings or images", "give two records of one variant"
         )
-    case = Case(*other.case.split("-"))  # type: ignore[arg-type]
-    variant = load_variant(case.variant)
+    cases = [Case(*record.case.split("-")) for record in (one, other)]  # type: ignore[arg-type]
+    variant = load_variant(cases[1].variant)
     require_boxes(variant)
     if one.identity["variant_fingerprint"] != variant.fingerprint():
         raise AlignError(f"{reference}: of another {variant.name} than the zoo's", "record it anew")
-    provenance = other.result.provenance if other.result else {}
-    held_to = limits(read_golden(golden, variant.name), case, provenance).tolerances
-    allowed = Limits(held_to["boxes"].value + BOX_STEP, held_to["scores"].value + SCORE_STEP)
+    places = [record.result.provenance if record.result else {} for record in (one, other)]
+    widest = _allowed(golden, *zip(cases, places, strict=True))
+    allowed = Limits(widest.boxes + BOX_STEP, widest.scores + SCORE_STEP)
+    moved: Moved = "numeric" if all(case.precision == "fp32" for case in cases) else "precision"
     found, kept = Explained(), [0, 0]
     for image in one.digests:
         sides, threshold = _from_candidates(one.candidates[image], other.candidates[image], variant.classes)
         nms = variant.nms.model_copy(update={"score_threshold": max(threshold, variant.nms.score_threshold)})
         semantics = replace(mmyolo(nms), frame="input", classes="apart", split=None)
-        ours, theirs = (Side(semantics, *side) for side in sides)
-        differing = explain(ours, theirs, allowed, moved="numeric" if case.precision == "fp32" else "precision")
+        ours, theirs = (
+            Side(semantics, *side, faults=_recorded_faults(record, image, threshold, variant.classes))
+            for side, record in zip(sides, (one, other), strict=True)
+        )
+        differing = explain(ours, theirs, allowed, moved=moved)
         found.divergences[image] = differing
         found.images += 1
         for index, side in enumerate((ours, theirs)):
@@ -255,86 +282,17 @@ def _from_candidates(
     return sides, threshold
 
 
-class _Kept:
-    """The detections of both sides, and of the subject with one cause undone, as mAP takes them."""
-
-    def __init__(self) -> None:
-        self.sides: dict[str, dict[int, Detections]] = {"reference": {}, "subject": {}}
-
-    def add(self, sample: Sample, one: Side, other: Side, differing: list[Divergence]) -> None:
-        """One image.  A cause that first shows up here leaves the subject's earlier images as they are."""
-        image, classes = sample.entry.id, one.scores.shape[1]
-        assert other.seen is not None
-        theirs = [(other, pair) for pair in other.seen.tolist()]
-        for cause in {d.cause for d in differing} - self.sides.keys():
-            self.sides[cause] = dict(self.sides["subject"])
-        self.sides["subject"][image] = _detections(theirs, sample)
-        for name in self.sides.keys() - {"reference", "subject"}:
-            undone = [d for d in differing if d.cause == name]
-            self.sides[name][image] = _detections(_undone(theirs, undone, one, classes), sample)
-        self.sides["reference"][image] = _detections(_undone(theirs, differing, one, classes), sample)
-
-    def total(self, name: str) -> int:
-        """Detections of one side."""
-        return sum(map(len, self.sides[name].values()))
-
-
-def _undone(
-    theirs: list[tuple[Side, int]], differing: list[Divergence], one: Side, classes: int
-) -> list[tuple[Side, int]]:
-    """The subject's pairs without those that it alone keeps, and with those that it lacks."""
-    dropped = {d.row * classes + d.label for d in differing if d.subject.kept}
-    added = [(one, d.row * classes + d.label) for d in differing if d.reference.kept]
-    return [entry for entry in theirs if entry[1] not in dropped] + added
-
-
-def _detections(pairs: list[tuple[Side, int]], sample: Sample) -> Detections:
-    """Pairs of either side as detections in the original image, by falling score."""
-    if not pairs:
-        return Detections(np.empty((0, 4), np.float32), np.empty(0, np.float32), *2 * (np.empty(0, np.int32),))
-    classes = pairs[0][0].scores.shape[1]
-    rows, labels = np.divmod(np.array([pair for _, pair in pairs]), classes)
-    boxes = np.stack([side.boxes[row] for (side, _), row in zip(pairs, rows, strict=True)])
-    scores = np.array([side.scores.ravel()[pair] for side, pair in pairs])
-    order = np.argsort(-scores, kind="stable")
-    placed = sample.transform.clip(sample.transform.to_original(boxes[order]))
-    return Detections(placed, scores[order], labels[order].astype(np.int32), rows[order].astype(np.int32))
-
-
-def seen_pairs(named: dict[str, np.ndarray], kind: Kind) -> np.ndarray:
-    """Row × C + class of what the graph's NMS kept of one image, by falling score."""
-    classes = named["scores"].shape[2]
-    rows = named[ROWS][0] if ROWS in named else None
-    if kind == "onnx_nms":
-        _, labels, index = named["selected"].T
-        index = index if rows is None else rows[index]
-        order = np.argsort(-named["detections"][:, 6], kind="stable")
-        return (index * classes + labels)[order]
-    boxes, labels_kept, scores = (named[name][0] for name in ("det_boxes", "det_labels", "det_scores"))
-    count = int(named["num_dets"][0, 0])
-    return _matched(boxes[:count], labels_kept[:count], scores[:count], named["boxes"][0], named["scores"][0])
-
-
-def _matched(
-    boxes: np.ndarray, labels: np.ndarray, values: np.ndarray, all_boxes: np.ndarray, scores: np.ndarray
-) -> np.ndarray:
-    """The pairs of detections that are copies of rows; each row serves once.  Floored scores match by box alone."""
-    rows_of: dict[bytes, list[int]] = {}
-    for row, box in enumerate(all_boxes):
-        rows_of.setdefault(box.tobytes(), []).append(row)
-    found: list[int] = []
-    used: set[int] = set()
-    for box, label, value in zip(boxes, labels.tolist(), values, strict=True):
-        same = [row for row in rows_of.get(box.tobytes(), []) if scores[row, label] == value or value < 0]
-        pair = next((p for row in same if (p := row * scores.shape[1] + label) not in used), None)
-        if pair is None:
-            raise AlignError(
-                f"a detection of class {label} at {box.tolist()} with score {value} is none of the engine's own boxes",
-                "run it in fp32: in other precisions the plugin's inputs are not those that the engine gives",
-            )
-        used.add(pair)
-        found.append(pair)
-    return np.array(found, np.int64)
+def _recorded_faults(record: Record, image: int, threshold: float, classes: int) -> dict[int, str]:
+    """Detections of a record above `threshold`, the score down to which it holds all candidates, that are none."""
+    candidates, found = record.candidates[image], record.detections[image]
+    scores = dict(zip((candidates.rows * classes + candidates.labels).tolist(), candidates.scores, strict=True))
+    faults = {}
+    for row, label, score in zip(found.rows.tolist(), found.labels.tolist(), found.scores, strict=True):
+        pair = row * classes + label
+        if score > threshold and scores.get(pair) != score:
+            of = f"score {scores[pair]:.6g}" if pair in scores else "none"
+            faults[pair] = f"{record.case} has a detection of score {score:.6g} here, and a candidate of {of}"
+    return faults
 
 
 def _deployed(model: onnx.ModelProto, head: NmsHead, case: Case, folder: Path) -> Runner:
@@ -352,7 +310,8 @@ def explanation(found: Explained, name: str, sides: tuple[str, str], class_names
         sides: what reference and subject are.
         class_names: one a class; fewer where they are not known.
     """
-    every = ordered(found)
+    every, counts = ordered(found), Counter[str](found.causes)
+    followers: Counter[str] = Counter(d.root for _, d in every if d.cause == "cascade")
     names = [*class_names, *(f"class {index}" for index in range(len(class_names), _last_class(found) + 1))]
     return Explanation(
         id=name,
@@ -365,9 +324,10 @@ def explanation(found: Explained, name: str, sides: tuple[str, str], class_names
         subject_ap=found.ap.get("subject"),
         differing=len(every),
         unexplained=found.causes["unexplained"],
+        wrong_settings=found.wrong_settings,
         causes=[
-            CauseCount(cause=cause, boxes=count, ap_without=found.ap.get(cause))
-            for cause, count in found.causes.most_common()
+            CauseCount(cause=cause, boxes=counts[cause], followers=followers[cause], ap_without=found.ap.get(cause))
+            for cause in sorted(counts | followers, key=lambda cause: -counts[cause])
         ],
         boxes=[
             ExplainedBox(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from alignment.data.samples import Sample
 from alignment.errors import AlignError
 from alignment.models.outputs import Outputs, detections_of, to_outputs
+from alignment.nms.causes import Divergence, Side
 from alignment.nms.multiclass import Detections
 from alignment.runners.base import Runner
 from alignment.runners.open import open_referee
 from alignment.variant import Variant
+
+#: On how many images with inputs that moved float64 is asked about them.
+ASKED = 2
 
 
 @dataclass
@@ -52,3 +58,36 @@ class Referee:
         if variant.ends_in_nms:
             self.detections[sample.entry.id] = detections_of(truth, sample.transform, variant)
         return truth
+
+
+class MovedReferee:
+    """Says of inputs that moved which side float64 is nearer to, on the first images that have such."""
+
+    def __init__(self, variant: Variant, reference: Runner) -> None:
+        self.variant, self.reference, self.left = variant, reference, ASKED
+        self.referee: Referee | None = None
+
+    def judged(self, sample: Sample, one: Side, other: Side, differing: list[Divergence]) -> list[Divergence]:
+        """The same divergences, those of moved inputs with what float64 says of these."""
+        if not self.left or not any(d.root == "numeric" for d in differing):
+            return differing
+        self.left -= 1
+        self.referee = self.referee or Referee.open(self.variant, self.reference)
+        truth = self.referee.run(sample, self.variant)
+        return differing if truth is None else [with_truth(d, truth, one, other) for d in differing]
+
+
+def with_truth(d: Divergence, truth: Outputs, reference: Side, subject: Side) -> Divergence:
+    """A divergence of moved inputs with the error of both sides against float64; any other as it is."""
+    if d.root != "numeric" or d.proof is None:
+        return d
+    said = [d.replay]
+    for name, index, shape in (("scores", d.proof.scores, (-1,)), ("boxes", d.proof.boxes, reference.boxes.shape)):
+        if index:
+            true = getattr(truth, name)[0].reshape(shape)[list(index)]
+            values = (getattr(side, name).reshape(shape)[list(index)] for side in (reference, subject))
+            ours, theirs = (float(np.abs(value - true).max()) for value in values)
+            nearer = "reference" if ours <= theirs else "subject"
+            far = f"the reference is {ours:.3g} from it, the subject {theirs:.3g}"
+            said.append(f"float64 of the {name} is nearer to the {nearer}: {far}")
+    return replace(d, replay="; ".join(said))

@@ -162,16 +162,18 @@ class CaseResult(_Model):
 
 
 class CauseCount(_Model):
-    """How many boxes one cause explains, and the subject's AP where these go as in the reference."""
+    """How many boxes one cause explains, how many more follow from these, and the subject's AP where all of them go as
+    in the reference."""
 
     cause: str
     boxes: int
+    followers: int = 0
     ap_without: float | None = None
 
 
 class ExplainedBox(_Model):
-    """A pair of row and class that only one side keeps: what became of it on both, why, and what was undone to prove
-    it.  `follows` names the pair that a cascade follows from."""
+    """A pair of row and class that only one side keeps, or both otherwise: what became of it on both, why, and what was
+    undone to prove it.  `follows` names the pair that a cascade follows from."""
 
     image_id: int
     row: int
@@ -188,7 +190,8 @@ class ExplainedBox(_Model):
 class Explanation(_Model):
     """What two post-processings of one variant keep otherwise.
 
-    `boxes`: unexplained ones first, then by falling score; `worst`: crops around the first.
+    `boxes`: unexplained ones first, then by falling score; `worst`: crops around the first.  `wrong_settings`: how many
+    come from a setting that differs though nobody asked for that.
     """
 
     id: str
@@ -201,6 +204,7 @@ class Explanation(_Model):
     subject_ap: float | None = None
     differing: int
     unexplained: int
+    wrong_settings: int = 0
     causes: list[CauseCount] = []
     boxes: list[ExplainedBox] = []
     worst: list[WorstImage] = []
@@ -221,5 +225,6 @@ class Alignment(_Model):
 
     @property
     def aligned(self) -> bool:
-        """True when no case fails and no difference is unexplained."""
-        return all(case.status != "fail" for case in self.cases) and not any(e.unexplained for e in self.explanations)
+        """True when no case fails and no difference is unexplained or due to a wrong setting."""
+        harmless = not any(e.unexplained or e.wrong_settings for e in self.explanations)
+        return harmless and all(case.status != "fail" for case in self.cases)

@@ -19,7 +19,8 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from alignment.data.preprocess import Transform
-from alignment.nms.explain import Limits, Side, explain
+from alignment.nms.causes import Limits, Side
+from alignment.nms.explain import explain
 from alignment.nms.implementations import efficient_nms, mmyolo
 from alignment.nms.semantics import run
 from alignment.variant import Nms

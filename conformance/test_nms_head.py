@@ -66,7 +66,9 @@ def test_onnx_nms_in_a_graph_keeps_what_its_semantics_say(decoded, samples, tmp_
             fates = run(semantics, boxes, scores)
             pairs = (fates.rows * scores.shape[1] + fates.labels)[fates.kept]
             assert len(pairs) > 3
-            np.testing.assert_array_equal(seen_pairs(named, "onnx_nms"), pairs)
+            seen = seen_pairs(named, "onnx_nms")
+            np.testing.assert_array_equal(seen.kept, pairs)
+            assert not seen.faults
             image, x1, y1, x2, y2, labels, values = named["detections"].T
             order = np.argsort(-values, kind="stable")
             np.testing.assert_array_equal(values[order], fates.scores[fates.kept])
@@ -118,6 +120,40 @@ def test_k_is_clipped_to_what_tensorrt_takes_and_that_is_said(asked, rows, kind,
     count, notes = lint(asked, model, NmsHead(kind, Nms(score_threshold=0.25)))
     assert count == given
     assert notes[0].startswith(said) if said else not notes
+
+
+@pytest.mark.topk
+@pytest.mark.parametrize(("asked", "rows"), [(0, 8400), (-1, 8400), (100, "rows"), (100, None)])
+@pytest.mark.parametrize("kind", ["efficient_nms", "onnx_nms"])
+def test_a_k_that_cannot_be_is_refused(asked, rows, kind):
+    boxes = onnx.helper.make_tensor_value_info("boxes", onnx.TensorProto.FLOAT, ["batch", rows, 4])
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [boxes]))
+    with pytest.raises(AlignError, match=f"^--topk {asked}: "):
+        lint(asked, model, NmsHead(kind, Nms()))
+    with pytest.raises(AlignError, match="TopK of 0 rows"):
+        NmsHead(kind, Nms(), topk=0)
+
+
+@pytest.mark.topk
+@pytest.mark.parametrize("command", [["explain"], ["export", "--nms", "efficient_nms", "--out", "none"]])
+def test_the_command_refuses_a_k_of_0(command, tmp_path, monkeypatch):
+    pytest.importorskip("mmyolo")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [*command, "yolov8_embedded", "--topk", "0"])
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        "align: --topk 0: no row would go on to NMS: give 1 or more, or leave it out for all rows"
+    ]
+
+
+@pytest.mark.topk
+@pytest.mark.parametrize(("asked", "said"), [(3840, False), (3841, True)])
+def test_a_k_that_only_onnx_runtime_takes_is_announced(asked, said):
+    boxes = onnx.helper.make_tensor_value_info("boxes", onnx.TensorProto.FLOAT, ["batch", 8400, 4])
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [boxes]))
+    count, notes = lint(asked, model, NmsHead("onnx_nms", Nms()))
+    assert count == asked
+    assert any("for ONNX Runtime, not for TensorRT, which takes no K above 3840" in note for note in notes) == said
 
 
 @pytest.mark.parametrize(
@@ -176,7 +212,7 @@ def test_the_command_writes_a_run(tmp_path):
     run_folder = read_run(tmp_path)
     (found,) = run_folder.explanations
     assert found.differing == len(found.boxes) == sum(cause.boxes for cause in found.causes) > 0
-    assert f"{found.differing} of one side only" in last
+    assert f"{found.differing} differ, " in last
     assert found.worst
     for crop in found.worst:
         assert (tmp_path / crop.picture).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,9 @@ def test_onnx_nms_is_onnx_runtimes(image, iou_threshold, score_threshold, limit)
     np.testing.assert_array_equal(np.stack([fates.labels[ours], fates.rows[ours]], 1), kept[:, 1:])
 
 
-def mmyolos(boxes: np.ndarray, scores: np.ndarray, nms: Nms, transform: Transform) -> tuple[np.ndarray, np.ndarray]:
+def mmyolos(
+    boxes: np.ndarray, scores: np.ndarray, nms: Nms, transform: Transform, yolox_style: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """The pairs that mmdet's filter lets through and mmcv's ``batched_nms`` keeps, in mmyolo's order of steps."""
     import torch
     from mmcv.ops import batched_nms
@@ -93,12 +96,16 @@ def mmyolos(boxes: np.ndarray, scores: np.ndarray, nms: Nms, transform: Transfor
     if not len(pairs):
         return pairs, pairs
     _, kept = batched_nms(placed, values, labels, {"type": "nms", "iou_threshold": nms.iou_threshold})
-    kept = kept[: nms.max_per_image]
+    kept = kept[: len(pairs) if yolox_style else nms.max_per_image]
     return pairs, pairs[kept.numpy()]
 
 
-def assert_mmyolos(boxes: np.ndarray, scores: np.ndarray, nms: Nms, transform: Transform) -> None:
-    passed, kept = mmyolos(boxes, scores, nms, transform)
+def assert_mmyolos(
+    boxes: np.ndarray, scores: np.ndarray, nms: Nms, transform: Transform, yolox_style: bool = False
+) -> None:
+    passed, kept = mmyolos(boxes, scores, nms, transform, yolox_style)
+    if yolox_style:
+        nms = nms.model_copy(update={"max_per_image": nms.nms_pre})
     # torch sorts equal scores in no order: what it took, and what it kept of that, goes first.
     first = np.concatenate([kept, np.setdiff1d(passed, kept)])
     fates = run(mmyolo(nms), boxes, scores, transform, first)
@@ -106,8 +113,9 @@ def assert_mmyolos(boxes: np.ndarray, scores: np.ndarray, nms: Nms, transform: T
 
 
 @settings(max_examples=200, deadline=None)
-@given(images(values=st.integers(0, 8).map(lambda i: i / 8)), THRESHOLDS, st.data())
+@given(images(), THRESHOLDS, st.data())
 def test_mmyolo_is_mmdets_filter_and_mmcvs_nms(image, iou_threshold, data):
+    """Scores that are no number, or infinite, are among them."""
     pytest.importorskip("mmyolo")
     from alignment.models.mmyolo_source import require_mmyolo
 
@@ -119,7 +127,60 @@ def test_mmyolo_is_mmdets_filter_and_mmcvs_nms(image, iou_threshold, data):
         max_per_image=data.draw(st.integers(1, 30)),
         multi_label=data.draw(st.booleans()),
     )
-    assert_mmyolos(*image, nms, data.draw(st.sampled_from([SAME, MOVED])))
+    assert_mmyolos(*image, nms, data.draw(st.sampled_from([SAME, MOVED])), data.draw(st.booleans()))
+
+
+def predicted(boxes: np.ndarray, logits: np.ndarray, cfg: dict[str, Any]) -> Any:
+    """What mmyolo's own head makes of decoded boxes and logits, by its ``predict_by_feat``; objectness is 1."""
+    import torch
+    from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+    from mmengine.config import ConfigDict
+    from mmyolo.models.dense_heads import YOLOv5Head
+
+    count, classes = logits.shape
+    priors = SimpleNamespace(grid_priors=lambda *_, **__: [torch.zeros(count, 2)])
+    coder = SimpleNamespace(decode=lambda priors, boxes, stride: boxes.clone())
+    head = SimpleNamespace(
+        num_classes=classes,
+        featmap_sizes=None,
+        featmap_strides=[1],
+        num_base_priors=1,
+        prior_generator=priors,
+        bbox_coder=coder,
+    )
+    head._bbox_post_process = MethodType(BaseDenseHead._bbox_post_process, head)
+    maps = (torch.from_numpy(np.ascontiguousarray(x.T))[None, ..., None] for x in (logits, boxes))
+    sure = torch.full((1, 1, count, 1), np.inf)
+    meta = {"ori_shape": (10000, 10000), "scale_factor": (1.0, 1.0)}
+    (found,) = YOLOv5Head.predict_by_feat(head, *([one] for one in (*maps, sure)), [meta], ConfigDict(cfg))
+    return found
+
+
+@pytest.mark.parametrize("yolox_style", [True, False])
+@pytest.mark.parametrize("multi_label", [True, False])
+@pytest.mark.parametrize("nms_pre", [30000, 25])
+def test_mmyolo_is_mmyolos_own_head_which_in_yolox_style_lifts_max_per_img(yolox_style, multi_label, nms_pre):
+    pytest.importorskip("mmyolo")
+    import torch
+
+    from alignment.models.mmyolo_source import require_mmyolo
+
+    require_mmyolo()
+    rng = np.random.default_rng(nms_pre)
+    corner = rng.uniform(0, 100, (60, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(10, 40, (60, 2))], 1).astype(np.float32)
+    logits = rng.normal(-1, 2, (60, 3)).astype(np.float32)
+    logits[:3, 0] = np.nan, np.inf, -np.inf
+    nms = Nms(score_threshold=0.25, iou_threshold=0.5, nms_pre=nms_pre, max_per_image=5, multi_label=multi_label)
+    cfg = {"score_thr": 0.25, "nms_pre": nms_pre, "max_per_img": 5, "multi_label": multi_label}
+    found = predicted(boxes, logits, {**cfg, "nms": {"type": "nms", "iou_threshold": 0.5}, "yolox_style": yolox_style})
+    lifted = nms.model_copy(update={"max_per_image": nms_pre}) if yolox_style else nms
+    scores = torch.from_numpy(logits).sigmoid().numpy()
+    fates = run(mmyolo(lifted), boxes, scores, SAME)
+    assert (len(fates.kept) > 5) == yolox_style
+    np.testing.assert_array_equal(found.scores.numpy(), fates.scores[fates.kept])
+    np.testing.assert_array_equal(found.labels.numpy(), fates.labels[fates.kept])
+    np.testing.assert_array_equal(found.bboxes.numpy(), boxes[fates.rows[fates.kept]])
 
 
 @pytest.mark.parametrize("count", [9999, 10000])
@@ -232,3 +293,20 @@ def test_the_anchors_of_topk_are_onnx_runtimes():
     boxes = np.zeros((100, 4), np.float32)
     fates = run(Semantics(0.0, 0.5, topk=40, topk_unit="anchors"), boxes, scores)
     assert set(fates.rows[fates.fates != Fate.CUT_BY_TOPK]) == set(rows.tolist())
+
+
+@pytest.mark.topk
+@pytest.mark.parametrize("unit", ["pairs", "anchors"])
+def test_topk_takes_equal_scores_as_they_were_seen_to_be_taken(unit):
+    """Four rows of one score, and K of 2: TopK is bound to no order of them."""
+    corner = np.arange(4, dtype=np.float32)[:, None] * 20
+    boxes = np.concatenate([corner, corner * 0, corner + 10, corner * 0 + 10], 1)
+    scores = np.full((4, 2), 0.5, np.float32)
+    scores[:, 1] = 0
+    semantics = Semantics(0.25, 0.5, topk=2, topk_unit=unit)
+    for first in ([6, 2], [4, 6]):
+        fates = run(semantics, boxes, scores, first=np.array(first))
+        assert (fates.rows * 2 + fates.labels)[fates.kept].tolist() == first
+    if unit == "anchors":
+        fates = run(semantics, boxes, scores, first_rows=np.array([3, 1]))
+        assert fates.rows[fates.kept].tolist() == [3, 1]

@@ -38,7 +38,7 @@ class NmsHead:
         kind: ``efficient_nms``: TensorRT's plugin EfficientNMS_TRT.  ``onnx_nms``: ONNX's NonMaxSuppression, whose
             detections have no fixed number.
         nms: thresholds and the largest number of detections, of each class with ``onnx_nms``.
-        topk: only so many rows of the highest best score go on to NMS; None for all.
+        topk: only so many rows of the highest best score go on to NMS, 1 or more; None for all.
         keep: whether what NMS is given, ``boxes`` and ``scores``, stays an output.
     """
 
@@ -50,6 +50,8 @@ class NmsHead:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise AlignError(f"NMS {self.kind!r} is unknown", f"choose from {', '.join(KINDS)}")
+        if self.topk is not None and self.topk < 1:
+            raise AlignError(f"TopK of {self.topk} rows before NMS", "give 1 or more, or None for all rows")
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -123,7 +125,11 @@ def end_in_nms(path: Path, head: NmsHead, topk: int | None) -> list[str]:
 
 def lint(topk: int | None, model: onnx.ModelProto, head: NmsHead) -> tuple[int | None, list[str]]:
     """The K that a graph gets for one that is asked for, None where all rows go on; and what its NMS does otherwise
-    than the variant's own."""
+    than the variant's own.
+
+    Raises:
+        AlignError: for a K below 1, or one for a graph that does not fix the number of its rows.
+    """
     count, notes = _clipped(topk, model, head.kind)
     if not head.nms.multi_label:
         notes = [*notes, "labels: the variant's NMS takes one a row, the deployed one every label that passes"]
@@ -136,15 +142,25 @@ def lint(topk: int | None, model: onnx.ModelProto, head: NmsHead) -> tuple[int |
 def _clipped(topk: int | None, model: onnx.ModelProto, kind: Kind) -> tuple[int | None, list[str]]:
     if topk is None:
         return None, []
+    if topk < 1:
+        raise AlignError(f"--topk {topk}: no row would go on to NMS", "give 1 or more, or leave it out for all rows")
     (boxes,) = (output for output in model.graph.output if output.name == "boxes")
     rows = boxes.type.tensor_type.shape.dim[1].dim_value
+    if rows < 1:
+        raise AlignError(
+            f"--topk {topk}: the graph does not say how many rows its boxes have, so that K cannot be held to them",
+            "export it with a fixed input size",
+        )
     count = min(topk, rows, TOPK_LIMIT if kind == "efficient_nms" else rows)
     if count == rows:
         return None, []
     cut = f"of {rows} rows the {rows - count} of lowest best score never reach NMS, with all their classes"
     if count < topk:
         return count, [f"TopK: {topk} asked for, {count} given, the most that TensorRT takes: {cut}"]
-    return count, [f"TopK: {cut}"]
+    notes = [f"TopK: {cut}"]
+    if count > TOPK_LIMIT:
+        notes.append(f"TopK: for ONNX Runtime, not for TensorRT, which takes no K above {TOPK_LIMIT}: {count} given")
+    return count, notes
 
 
 def _batch(value: onnx.ValueInfoProto) -> str | int:

@@ -1,123 +1,41 @@
 """Why two post-processings keep different boxes: the cause of each difference, and the proof of it.
 
-Two sides post-process one image: the reference with its inputs, the subject with its own.  Between them lies a path of
-single changes: one parameter of the semantics after the other, then the inputs.  A pair that only one side keeps flips
-somewhere on that path, so it has a cause; the proof is a replay in which nothing but that cause is undone, and the
-difference is gone.
+Two sides post-process one image: the reference with its inputs, the subject with its own.  A pair that only one side
+keeps has a cause: a parameter of the semantics, or inputs that moved.  The proof is a replay: one side takes over that
+one parameter, or those few values, from the other, and then both say the same of this pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import combinations
 
 import numpy as np
 
 from alignment.data.preprocess import Transform
-from alignment.nms.semantics import Fate, Fates, Semantics, run
-
-Cause = Literal[
-    "topk_limit",
-    "topk_tie",
-    "topk_unit",
-    "candidate_cap",
-    "score_threshold",
-    "score_threshold_edge",
-    "iou_threshold",
-    "iou_threshold_edge",
-    "iou_comparison",
-    "class_agnostic",
-    "class_offset_rounding",
-    "class_offset_overlap",
-    "coordinate_frame",
-    "multi_label",
-    "background",
-    "max_output",
-    "padding",
-    "nms_order_tie",
-    "numeric",
-    "precision",
-    "cascade",
-    "unexplained",
-]
-#: The parameters in the order in which one side is turned into the other, each with the cause that it stands for.
-PATH: tuple[tuple[tuple[str, ...], Cause], ...] = (
-    (("score_threshold",), "score_threshold"),
-    (("score_inclusive", "threshold_float32", "nan_passes"), "score_threshold_edge"),
-    (("multi_label",), "multi_label"),
-    (("background",), "background"),
-    (("topk_unit",), "topk_unit"),
-    (("topk",), "topk_limit"),
-    (("candidate_cap",), "candidate_cap"),
-    (("classes", "split"), "class_offset_rounding"),
-    (("frame",), "coordinate_frame"),
-    (("reorder",), "iou_threshold_edge"),
-    (("iou_inclusive",), "iou_comparison"),
-    (("iou_threshold",), "iou_threshold"),
-    (("max_per_class", "max_output"), "max_output"),
-    (("floor",), "padding"),
-    (("ties",), "nms_order_tie"),
+from alignment.nms.causes import (
+    INPUTS,
+    ORDER,
+    PATH,
+    WRONG_SETTINGS,
+    Cause,
+    Divergence,
+    End,
+    Limits,
+    Moved,
+    Outcome,
+    Proof,
+    Side,
 )
-_DECIDERS = 32
-#: Fates that another pair decided: a pair goes another way because that one did.
-_BY_OTHERS = (Fate.SUPPRESSED, Fate.CUT_BY_MAX_OUTPUT, Fate.CUT_BY_TOPK, Fate.CUT_BY_CAP)
+from alignment.nms.moved import Mover, distance, too_far
+from alignment.nms.semantics import Fate, run
+from alignment.nms.steps import BY_OTHERS, State, Step
 
-
-@dataclass(frozen=True)
-class Side:
-    """One side: how it post-processes, and what.
-
-    Attributes:
-        semantics: how.
-        boxes: ``[N, 4]`` or ``[N, 5]``, see `run`.
-        scores: ``[N, C]``.
-        seen: the pairs (row × C + class) that the real implementation kept, in its order, where it was run.
-    """
-
-    semantics: Semantics
-    boxes: np.ndarray
-    scores: np.ndarray
-    seen: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How far inputs may have moved for that to be an explanation: `boxes` in pixels of the input, `scores`."""
-
-    boxes: float
-    scores: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one pair on one side, in words: `kept`, and `why` not."""
-
-    kept: bool
-    why: str
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A (row, class) pair that one side keeps and the other does not.
-
-    Attributes:
-        row, label: the pair.
-        score: on the side that keeps it.
-        reference, subject: what became of it.
-        cause: see `Cause`; ``unexplained`` where no replay proves one.
-        replay: what was undone, after which both sides say the same of this pair.
-        follows: of a ``cascade``, the pair that it follows from.
-    """
-
-    row: int
-    label: int
-    score: float
-    reference: Outcome
-    subject: Outcome
-    cause: Cause
-    replay: str
-    follows: tuple[int, int] | None = None
+#: With more pairs of an image beyond the limits than this, its inputs are wrong, and no replay is worth its time.
+GROSS = 16
+_CAUSE_OF: dict[str, Cause] = {**dict(PATH), ORDER: "nms_order_tie"}
+_CAPS: frozenset[str] = frozenset({"max_output", "max_per_class"})
 
 
 def explain(
@@ -125,9 +43,9 @@ def explain(
     subject: Side,
     limits: Limits,
     transform: Transform | None = None,
-    moved: Literal["numeric", "precision"] = "numeric",
+    moved: Moved = "numeric",
 ) -> list[Divergence]:
-    """Every pair that only one side keeps, with its cause.
+    """Every pair that only one side keeps, or whose box or score is another than `limits` allow, with its cause.
 
     Args:
         reference: one side.
@@ -142,279 +60,287 @@ def explain(
     return _Explainer(reference, subject, limits, transform, moved).divergences()
 
 
+def kept(side: Side, transform: Transform | None = None) -> np.ndarray:
+    """The pairs (row × C + class) that a side keeps, by falling score: as it was seen, or as its semantics say."""
+    if side.seen is not None:
+        return side.seen
+    fates = run(side.semantics, side.boxes, side.scores, transform)
+    return (fates.rows * side.scores.shape[1] + fates.labels)[fates.kept]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Of one pair: see `Divergence`; `cause` is the one at the root."""
+
+    cause: Cause
+    replay: str
+    proof: Proof | None = None
+    follows: int | None = None
+
+
 class _Explainer:
     def __init__(
-        self,
-        reference: Side,
-        subject: Side,
-        limits: Limits,
-        transform: Transform | None,
-        moved: Literal["numeric", "precision"],
+        self, reference: Side, subject: Side, limits: Limits, transform: Transform | None, moved: Moved
     ) -> None:
         self.reference, self.subject, self.limits, self.transform = reference, subject, limits, transform
         self.moved: Cause = moved
         self.classes = reference.scores.shape[1]
-        self._replays: dict[Cause, tuple[set[int], set[int]]] = {}
-        self.ours = self._run(reference.semantics, reference.boxes, reference.scores, reference.seen)
-        self.theirs = self._run(subject.semantics, subject.boxes, subject.scores, subject.seen)
+        self.parameters = tuple(_differing(reference, subject))
+        self.all = frozenset(self.parameters)
+        self._states: dict[frozenset[str], State] = {}
+        self._steps: dict[tuple[End, frozenset[str]], Step] = {}
+        self.ours, self.theirs = self._state(frozenset()), self._state(self.all)
+        self.in_ours, self.in_theirs = self._seen(reference, self.ours), self._seen(subject, self.theirs)
+        self.differing = self.in_ours ^ self.in_theirs
 
     def divergences(self) -> list[Divergence]:
         """See `explain`."""
-        ours, theirs = (set(self._seen(*side)) for side in ((self.reference, self.ours), (self.subject, self.theirs)))
-        differing = sorted(ours ^ theirs, key=lambda pair: (-self._score(pair, pair in ours), pair))
-        if not differing:
-            return []
-        steps = list(self._steps())
-        found = []
-        for pair in differing:
-            outcomes = (
-                self._outcome(self.ours, pair, pair in ours),
-                self._outcome(self.theirs, pair, pair in theirs),
-            )
-            cause, text, follows = self._cause(pair, pair in ours, pair in theirs, steps)
-            row, label = divmod(pair, self.classes)
-            root = None if follows is None else (follows // self.classes, follows % self.classes)
-            found.append(Divergence(row, label, self._score(pair, pair in ours), *outcomes, cause, text, root))
+        far, faults = self._far(), {**self.reference.faults, **self.subject.faults}
+        gross = ""
+        if len(far) > GROSS:
+            total = len(self.in_ours | self.in_theirs)
+            gross = f"inputs are wrong: {len(far)} of {total} detections moved further than they may"
+        answers = {}
+        for pair in sorted(self.differing | far.keys() | faults.keys(), key=lambda pair: (-self._score(pair), pair)):
+            if said := "; ".join(filter(None, (faults.get(pair), far.get(pair)))) or gross:
+                answers[pair] = _Answer("unexplained", said)
+            else:
+                answers[pair] = self._answer(pair)
+        _break_circles(answers)
+        return [self._divergence(pair, answer) for pair, answer in answers.items()]
+
+    def _divergence(self, pair: int, answer: _Answer) -> Divergence:
+        cause, text, follows = answer.cause, answer.replay, None
+        if answer.follows is not None:
+            cause, text = "cascade", f"follows from {answer.cause}: {answer.replay}"
+            follows = divmod(answer.follows, self.classes)
+        row, label = divmod(pair, self.classes)
+        return Divergence(
+            row=row,
+            label=label,
+            score=self._score(pair),
+            reference=self._outcome(self.ours, pair, pair in self.in_ours),
+            subject=self._outcome(self.theirs, pair, pair in self.in_theirs),
+            cause=cause,
+            replay=text,
+            root=answer.cause,
+            follows=follows,
+            proof=answer.proof,
+        )
+
+    def _seen(self, side: Side, state: State) -> set[int]:
+        return state.kept if side.seen is None else set(side.seen.tolist())
+
+    def _score(self, pair: int) -> float:
+        side = self.reference if pair in self.in_ours else self.subject
+        return float(side.scores.reshape(-1)[pair])
+
+    def _state(self, taken: frozenset[str]) -> State:
+        """The reference with some of the subject's parameters."""
+        if taken not in self._states:
+            fields = {name: getattr(self.subject.semantics, name) for name in taken - {ORDER, INPUTS}}
+            inputs, order = (self.subject if name in taken else self.reference for name in (INPUTS, ORDER))
+            semantics = replace(self.reference.semantics, **fields)
+            fates = run(semantics, inputs.boxes, inputs.scores, self.transform, order.seen, order.seen_rows)
+            self._states[taken] = State(fates, self.classes)
+        return self._states[taken]
+
+    def _far(self) -> dict[int, str]:
+        """Of the pairs that either side keeps, those whose own box or score moved further than it may."""
+        pairs = np.array(sorted(self.in_ours | self.in_theirs), np.int64)
+        if INPUTS not in self.all or not len(pairs):
+            return {}
+        rows = pairs // self.classes
+        boxes = distance(self.reference.boxes[rows], self.subject.boxes[rows]).max(1)
+        scores = distance(*(side.scores.reshape(-1)[pairs] for side in (self.reference, self.subject)))
+        beyond = np.flatnonzero(~((boxes <= self.limits.boxes) & (scores <= self.limits.scores)))
+        amounts = {int(pairs[i]): {"boxes": float(boxes[i]), "scores": float(scores[i])} for i in beyond}
+        return {pair: too_far(amount, self.limits) for pair, amount in amounts.items()}
+
+    def _answer(self, pair: int) -> _Answer:
+        for side, in_side, state, name in (
+            (self.reference, self.in_ours, self.ours, "reference"),
+            (self.subject, self.in_theirs, self.theirs, "subject"),
+        ):
+            if side.seen is not None and (pair in in_side) != (pair in state.kept):
+                return _Answer("unexplained", f"the {name} does not do what its settings say")
+        turned = self._turned(pair)
+        if INPUTS in turned:
+            # They come last, so that on the reference's inputs both semantics say the same of the pair.
+            return self._put_back(pair, frozenset())
+        # Undone at either end of the path it is a change of one side as it is.
+        for name in dict.fromkeys((turned[-1], turned[0], *turned, *self.parameters)):
+            if name != INPUTS and (answer := self._replayed(pair, frozenset((name,)))):
+                return answer
+        return self._joint(pair, turned)
+
+    def _turned(self, pair: int) -> list[str]:
+        """The parameters that turn the pair's fate where the reference takes over the subject's one after the other."""
+        found, before = [], self.ours
+        for count, name in enumerate(self.parameters, 1):
+            after = self._state(frozenset(self.parameters[:count]))
+            if (pair in before.kept) != (pair in after.kept):
+                found.append(name)
+            before = after
         return found
 
-    def _run(self, semantics: Semantics, boxes: np.ndarray, scores: np.ndarray, first: np.ndarray | None) -> Fates:
-        return run(semantics, boxes, scores, self.transform, first)
+    def _agrees(self, pair: int, end: End, changed: frozenset[str]) -> bool:
+        """Whether one side that takes over `changed` says of the pair what the other says."""
+        if end == "subject":
+            return (pair in self._state(self.all - changed).kept) == (pair in self.in_ours)
+        return (pair in self._state(changed).kept) == (pair in self.in_theirs)
 
-    def _pairs(self, fates: Fates) -> np.ndarray:
-        return fates.rows * self.classes + fates.labels
+    def _replayed(self, pair: int, changed: frozenset[str]) -> _Answer | None:
+        """The answer that a change of these parameters on one side gives; inputs are put back into the subject only."""
+        if self._agrees(pair, "subject", changed):
+            return self._told(pair, "subject", changed) if INPUTS not in changed else self._put_back(pair, changed)
+        if INPUTS not in changed and self._agrees(pair, "reference", changed):
+            return self._told(pair, "reference", changed)
+        return None
 
-    def _seen(self, side: Side, fates: Fates) -> list[int]:
-        """What a side kept: as it was seen, or as its semantics say."""
-        return (self._pairs(fates)[fates.kept] if side.seen is None else side.seen).tolist()
-
-    def _score(self, pair: int, of_reference: bool) -> float:
-        return float((self.reference if of_reference else self.subject).scores.ravel()[pair])
-
-    def _steps(self) -> Iterator[_Step]:
-        """From the reference to the subject, one parameter at a time; inputs and ties come last."""
-        now, then = self.reference.semantics, self.subject.semantics
-        before = self.ours
-        for fields, cause in PATH:
-            changes = {field: getattr(then, field) for field in fields if getattr(now, field) != getattr(then, field)}
-            if not changes:
-                continue
-            now = replace(now, **changes)
-            after = self._run(now, self.reference.boxes, self.reference.scores, self.reference.seen)
-            yield _Step(cause, tuple(changes), before, after, self.classes)
-            before = after
-        tied = self._run(now, self.reference.boxes, self.reference.scores, self.subject.seen)
-        yield _Step("nms_order_tie", (), before, tied, self.classes)
-        yield _Step(self.moved, (), tied, self.theirs, self.classes)
-
-    def _cause(self, pair: int, in_ours: bool, in_theirs: bool, steps: list[_Step]) -> tuple[Cause, str, int | None]:
-        for side, kept, fates, name in (
-            (self.reference, in_ours, self.ours, "reference"),
-            (self.subject, in_theirs, self.theirs, "subject"),
-        ):
-            if side.seen is not None and kept != (pair in self._kept(fates)):
-                return "unexplained", f"the {name} does not do what its settings say", None
-        # Undone at either end of the path it is a change of one side as it is; on the way, along with what precedes it.
-        turns = [step for step in steps if (pair in step.kept_before) != (pair in step.kept_after)]
-        for step in (turns[-1], turns[0], *turns[1:-1]):
-            if step.cause == self.moved and not step.fields:
-                return self._moved(pair, step)
-            root, follows = self._root(pair, step)
-            cause = self._named(step, root)
-            replay = self._replayed(pair, step, in_ours, in_theirs)
-            if follows is None:
-                return cause, replay, None
-            return "cascade", f"follows from {cause}: {replay}", follows
-        return "unexplained", "no single change explains it", None
-
-    def _kept(self, fates: Fates) -> set[int]:
-        return set(self._pairs(fates)[fates.kept].tolist())
-
-    def _replayed(self, pair: int, step: _Step, in_ours: bool, in_theirs: bool) -> str:
-        """What was undone: on one side alone where that does it, else on the way from one to the other."""
-        if not step.fields:
-            return "equal scores taken in the subject's order"
-        said = ", ".join(
-            f"{field} {getattr(self.reference.semantics, field)} for {getattr(self.subject.semantics, field)}"
-            for field in step.fields
+    def _joint(self, pair: int, turned: list[str]) -> _Answer:
+        """A smallest set of parameters that one side must take over: two, or what cannot be made smaller by one."""
+        for two in combinations(self.parameters, 2):
+            answer = self._replayed(pair, frozenset(two))
+            if answer is not None and answer.proof is not None:
+                return answer
+        first, last = self.parameters.index(turned[0]), self.parameters.index(turned[-1])
+        sets: tuple[tuple[End, tuple[str, ...]], ...] = (
+            ("subject", self.parameters[first:]),
+            ("reference", self.parameters[: last + 1]),
         )
-        undone, done = self._alone(step)
-        if (pair in undone) == in_ours:
-            return f"the subject with {said}"
-        if (pair in done) == in_theirs:
-            return f"the reference without {said}"
-        return f"{said}, where all that precedes it in the order of causes is the same"
+        smallest = []
+        for end, given in sets:
+            changed = frozenset(given)
+            for name in given:
+                if self._agrees(pair, end, changed - {name}):
+                    changed -= {name}
+            smallest.append((end, changed))
+        end, changed = min(smallest, key=lambda one: len(one[1]))
+        return self._put_back(pair, changed) if INPUTS in changed else self._told(pair, end, changed)
 
-    def _alone(self, step: _Step) -> tuple[set[int], set[int]]:
-        """What the subject keeps with the reference's parameter, and the reference with the subject's."""
-        if step.cause not in self._replays:
-            kept = []
-            for side, other in ((self.subject, self.reference), (self.reference, self.subject)):
-                changes = {field: getattr(other.semantics, field) for field in step.fields}
-                fates = self._run(replace(side.semantics, **changes), side.boxes, side.scores, side.seen)
-                kept.append(self._kept(fates))
-            self._replays[step.cause] = kept[0], kept[1]
-        return self._replays[step.cause]
+    def _told(self, pair: int, end: End, changed: frozenset[str]) -> _Answer:
+        """What undoing `changed` shows about a pair: its cause, and whom it follows."""
+        step = self._step(end, changed)
+        chain = step.chain(pair)
+        names = [name for name in self.parameters if name in changed]
+        cause, said = self._named(names[0], step, chain[-1]), self._said(end, names)
+        if cause in WRONG_SETTINGS:
+            said = f"the settings differ: {said}"
+        follows = next((one for one in chain[1:] if one in self.differing), None)
+        if follows is None and len(chain) > 1:
+            said += f", where {self._name(chain[1])} decides it, of which both sides say the same"
+        fields = tuple(name for name in names if name != ORDER)
+        return _Answer(cause, said, Proof(end, fields, ORDER in changed), follows)
 
-    def _root(self, pair: int, step: _Step) -> tuple[int, int | None]:
-        """The pair whose own fate the step changed, and the one that `pair` follows from directly.
+    def _step(self, end: End, changed: frozenset[str]) -> Step:
+        if (end, changed) not in self._steps:
+            before, after = (
+                (self._state(self.all - changed), self.theirs)
+                if end == "subject"
+                else (self.ours, self._state(changed))
+            )
+            self._steps[end, changed] = Step(before, after, capped=bool(changed & _CAPS))
+        return self._steps[end, changed]
 
-        Of pairs that change places, so that each follows from the other, the first is the root.
-        """
-        chain = [pair]
-        while (other := step.decided_by(chain[-1])) is not None:
-            if other in chain:
-                root = min(chain[chain.index(other) :], key=lambda one: (step.rank(one), one))
-                return root, None if root == pair else chain[1]
-            chain.append(other)
-        return chain[-1], chain[1] if len(chain) > 1 else None
+    def _said(self, end: End, names: Iterable[str]) -> str:
+        own, others = (self.subject, self.reference) if end == "subject" else (self.reference, self.subject)
+        other_end = "reference" if end == "subject" else "subject"
+        changes = [
+            f"equal scores in the {other_end}'s order"
+            if name == ORDER
+            else f"{name} {getattr(others.semantics, name)} for {getattr(own.semantics, name)}"
+            for name in names
+        ]
+        return f"the {end} with {', '.join(changes)}"
 
-    def _named(self, step: _Step, root: int) -> Cause:
-        """The cause's name: classes and ties stand for more than one."""
-        if step.cause == "class_offset_rounding":
+    def _named(self, name: str, step: Step, root: int) -> Cause:
+        """The cause's name: some parameters stand for more than one."""
+        cause = _CAUSE_OF[name]
+        if cause == "class_offset_rounding":
             if "together" in (self.reference.semantics.classes, self.subject.semantics.classes):
                 return "class_agnostic"
             other = step.suppressor(root)
             if other is not None and other % self.classes != root % self.classes:
                 return "class_offset_overlap"
-        if step.cause == "nms_order_tie":
-            fates = {step.fate(step.before, root), step.fate(step.after, root)}
+        if cause == "nms_order_tie":
+            fates = {step.before.fate(root), step.after.fate(root)}
             if fates & {Fate.CUT_BY_TOPK, Fate.CUT_BY_CAP}:
                 return "topk_tie"
-        return step.cause
+        if cause in WRONG_SETTINGS:
+            a, b = (np.float32(getattr(side.semantics, name)) for side in (self.reference, self.subject))
+            if abs(a - b) <= np.spacing(np.maximum(abs(a), abs(b))):
+                # One number, rounded to float32 in another way.
+                return "score_threshold_edge" if name == "score_threshold" else "iou_threshold_edge"
+        return cause
 
-    def _moved(self, pair: int, step: _Step) -> tuple[Cause, str, int | None]:
-        """Puts back the subject's inputs, as few as will do: the pair's own, those of one that decided, several."""
-        before = pair in step.kept_before
-        deciders = step.deciders(pair)
-        own, others = pair // self.classes, [other // self.classes for other in deciders]
-        attempts: list[tuple[list[int], int | None]] = [([own], None)]
-        attempts += [([row], other) for row, other in zip(others, deciders, strict=True)]
-        near = list(dict.fromkeys([own, *others, *self._nearest(pair, step)]))
-        sizes = [2**power for power in range(1, len(near).bit_length())]
-        attempts += [(near[:size], None) for size in (*sizes, len(near))]
-        for rows, other in attempts:
-            said = self._put_back(pair, sorted(rows), before)
-            if not said:
-                continue
-            if too_far := self._too_far(rows):
-                return "unexplained", too_far, None
-            return (
-                (self.moved, said, None) if other is None else ("cascade", f"follows from {self.moved}: {said}", other)
-            )
-        return "unexplained", "putting back what moved does not undo it", None
+    def _put_back(self, pair: int, changed: frozenset[str]) -> _Answer:
+        """Puts as few of the reference's inputs as will do into the subject, that also takes over `changed`."""
+        names = [name for name in self.parameters if name in changed and name != INPUTS]
+        base = self.all - set(names)
+        fields = {name: getattr(self.reference.semantics, name) for name in names if name != ORDER}
+        semantics = replace(self.subject.semantics, **fields)
+        order = self.reference if ORDER in names else self.subject
 
-    def _nearest(self, pair: int, step: _Step) -> list[int]:
-        """Rows of candidates, those with a score near the pair's first."""
-        scores = self.reference.scores.ravel()
-        found = np.union1d(*(self._pairs(fates) for fates in (step.before, step.after)))
-        order = np.argsort(np.abs(scores[found] - scores[pair]), kind="stable")
-        return list(dict.fromkeys((found[order] // self.classes).tolist()))
+        def rerun(boxes: np.ndarray, scores: np.ndarray) -> State:
+            fates = run(semantics, boxes, scores, self.transform, order.seen, order.seen_rows)
+            return State(fates, self.classes)
 
-    def _put_back(self, pair: int, index: list[int], before: bool) -> str:
-        """Runs the subject with the reference's inputs in some rows; says so where `pair` then goes as before."""
-        boxes, scores = self.subject.boxes.copy(), self.subject.scores.copy()
-        for name, array, theirs in (("score", scores, self.reference.scores), ("box", boxes, self.reference.boxes)):
-            array[index] = theirs[index]
-            if (pair in self._kept(self._run(self.subject.semantics, boxes, scores, self.subject.seen))) == before:
-                shown = ", ".join(map(str, index[:5])) + (f" and {len(index) - 5} more" if len(index) > 5 else "")
-                which = "its own" if index == [pair // self.classes] else f"row {shown}:"
-                return f"{which} {'score' if name == 'score' else 'score and box'} put back"
-        return ""
+        whole = Step(self._state(base - {INPUTS}), self._state(base))
+        mover = Mover(self.reference, self.subject, rerun, whole)
+        found = mover.least(pair, pair in self.in_ours)
+        if found is None:
+            return _Answer("unexplained", "putting back what moved does not undo it")
+        values, step = found
+        if said := too_far(mover.moved(values), self.limits):
+            return _Answer("unexplained", said)
+        said = mover.told(pair, values, step, self.transform, semantics)
+        follows = next((one for one in values.of[:1] if one != pair and one in self.differing), None)
+        cause = self.moved
+        if names:
+            said, cause = f"{self._said('subject', names)}, and {said}", self._named(names[0], step, pair)
+        proof = Proof("subject", tuple(fields), ORDER in names, values.scores, values.boxes)
+        return _Answer(cause, said, proof, follows)
 
-    def _too_far(self, rows: list[int]) -> str:
-        """Why the movement of `rows` is no rounding, if it is none."""
-        for name, limit in (("boxes", self.limits.boxes), ("scores", self.limits.scores)):
-            ours, theirs = (getattr(side, name)[rows].astype(np.float64) for side in (self.reference, self.subject))
-            far = float(np.abs(ours - theirs).max(initial=0.0))
-            if not far <= limit:
-                return f"{name} moved by {far:.3g}, and may by {limit:.3g}"
-        return ""
+    def _name(self, pair: int) -> str:
+        return f"row {pair // self.classes}, class {pair % self.classes}"
 
-    def _outcome(self, fates: Fates, pair: int, kept: bool) -> Outcome:
-        if kept:
+    def _outcome(self, state: State, pair: int, is_kept: bool) -> Outcome:
+        if is_kept:
             return Outcome(True, "kept")
-        place = np.flatnonzero(self._pairs(fates) == pair)
-        if not len(place):
+        place = state.place(pair)
+        if place is None:
             return Outcome(False, "below the score threshold")
-        at = int(place[0])
-        fate = Fate(int(fates.fates[at]))
-        if fate == Fate.SUPPRESSED:
-            by = int(self._pairs(fates)[fates.by[at]])
-            row, label = divmod(by, self.classes)
-            return Outcome(False, f"suppressed by row {row}, class {label} at IoU {float(fates.iou[at]):.6f}")
+        fate, by = state.fate(pair), state.by(pair)
+        if by is not None:
+            return Outcome(False, f"suppressed by {self._name(by)} at IoU {float(state.fates.iou[place]):.6f}")
         words = fate.name.lower().replace("_", " ")
-        return Outcome(False, f"{words}, rank {at + 1}" if fate in _BY_OTHERS else words)
+        return Outcome(False, f"{words}, rank {place + 1}" if fate in BY_OTHERS else words)
 
 
-class _Step:
-    """One change on the way: fates before and after, and who flipped."""
-
-    def __init__(self, cause: Cause, fields: tuple[str, ...], before: Fates, after: Fates, classes: int) -> None:
-        self.cause, self.fields, self.before, self.after, self.classes = cause, fields, before, after, classes
-        self._sorted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.kept_before, self.kept_after = (
-            set((f.rows * classes + f.labels)[f.kept].tolist()) for f in (before, after)
-        )
-        flipped = self.kept_before ^ self.kept_after
-        self.flipped = sorted(flipped, key=lambda pair: self.rank(pair))
-
-    def rank(self, pair: int) -> int:
-        """Its place by score, at its best."""
-        places = (self._place(fates, pair) for fates in (self.before, self.after))
-        return min((p for p in places if p is not None), default=len(self.before.rows))
-
-    def fate(self, fates: Fates, pair: int) -> Fate:
-        """What became of a pair."""
-        place = self._place(fates, pair)
-        return Fate.BELOW_THRESHOLD if place is None else Fate(int(fates.fates[place]))
-
-    def by(self, fates: Fates, pair: int) -> int | None:
-        """The pair that suppressed it."""
-        place = self._place(fates, pair)
-        if place is None or fates.by[place] < 0:
-            return None
-        at = int(fates.by[place])
-        return int(fates.rows[at] * self.classes + fates.labels[at])
-
-    def _place(self, fates: Fates, pair: int) -> int | None:
-        if id(fates) not in self._sorted:
-            self._sorted[id(fates)] = _sorted(fates, self.classes)
-        pairs, order = self._sorted[id(fates)]
-        at = int(np.searchsorted(pairs, pair))
-        return int(order[at]) if at < len(pairs) and pairs[at] == pair else None
-
-    def suppressor(self, pair: int) -> int | None:
-        """The pair that suppresses it before or after."""
-        found = self.by(self.before, pair)
-        return self.by(self.after, pair) if found is None else found
-
-    def decided_by(self, pair: int) -> int | None:
-        """The pair that flipped too and decided about this one; None where the change itself did."""
-        for fates, kept_other in ((self.before, self.kept_after), (self.after, self.kept_before)):
-            other = self.by(fates, pair)
-            if other is not None and other not in kept_other:
-                return other
-            if self.fate(fates, pair) == Fate.CUT_BY_MAX_OUTPUT and self.cause != "max_output":
-                first = self.flipped[0]
-                if self.rank(first) < self.rank(pair):
-                    return first
-        return None
-
-    def deciders(self, pair: int) -> list[int]:
-        """The pairs that decided about it, those that decided about them, and so on; a few dozen at most."""
-        found, queue = [pair], [pair]
-        while queue and len(found) < _DECIDERS:
-            now = queue.pop(0)
-            for fates in (self.before, self.after):
-                other = self.by(fates, now)
-                if other is not None and other not in found:
-                    found.append(other)
-                    queue.append(other)
-        return [*found[1:], *(other for other in self.flipped if other not in found)][:_DECIDERS]
+def _differing(reference: Side, subject: Side) -> Iterator[str]:
+    """The parameters in which two sides differ, in the order of `PATH`."""
+    for name, _ in PATH:
+        if getattr(reference.semantics, name) != getattr(subject.semantics, name):
+            yield name
+    if not all(_same(getattr(reference, name), getattr(subject, name)) for name in ("seen", "seen_rows")):
+        yield ORDER
+    if not all(_same(getattr(reference, name), getattr(subject, name)) for name in ("boxes", "scores")):
+        yield INPUTS
 
 
-def _sorted(fates: Fates, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs in rising order, and where each stands."""
-    pairs = fates.rows * classes + fates.labels
-    order = np.argsort(pairs)
-    return pairs[order], order
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+
+
+def _break_circles(answers: dict[int, _Answer]) -> None:
+    """Where pairs follow each other in a circle, the first of it follows none.  `answers` go by falling score."""
+    for start in answers:
+        seen, pair = {start}, answers[start].follows
+        while pair is not None and pair in answers and pair not in seen:
+            seen.add(pair)
+            pair = answers[pair].follows
+        if pair == start:
+            answers[start] = replace(answers[start], follows=None)

@@ -115,6 +115,7 @@ def run(
     scores: np.ndarray,
     transform: Transform | None = None,
     first: np.ndarray | None = None,
+    first_rows: np.ndarray | None = None,
 ) -> Fates:
     """Post-processes one image.
 
@@ -125,12 +126,15 @@ def run(
         transform: to the original image; needed where the IoU is taken there.
         first: pairs, as row × C + class, that go first among equal scores, in this order: what an implementation that
             sorts ties in no order was seen to keep.
+        first_rows: the same of rows, for a TopK over anchors; default: the rows of `first`.
     """
     classes = scores.shape[1]
     ranked, most_rows = None, semantics.topk if semantics.topk_unit == "anchors" else None
     if most_rows is not None:
         # What follows sees the rows in the order in which TopK gives them.
-        ranked = _falling(scores.max(1), np.arange(len(scores)), semantics.ties)
+        if first_rows is None and first is not None:
+            first_rows = np.array(list(dict.fromkeys((first // classes).tolist())), np.int64)
+        ranked = _falling(scores.max(1), np.arange(len(scores)), semantics.ties, first_rows)
         boxes, scores = boxes[ranked], scores[ranked]
         first = None if first is None else np.argsort(ranked)[first // classes] * classes + first % classes
     flat, values, fates = _passing(semantics, scores)

@@ -47,9 +47,12 @@ def headline(alignment: Alignment) -> tuple[str, str]:
     if alignment.explanations:
         unexplained = sum(one.unexplained for one in alignment.explanations)
         differing = sum(one.differing for one in alignment.explanations)
+        wrong = sum(one.wrong_settings for one in alignment.explanations)
         found = f"{unexplained} of {_plural(differing, 'difference')} after NMS unexplained"
-        if unexplained or not total:
-            return ("Not explained" if unexplained else "Explained"), found
+        if wrong:
+            found += f", {wrong} by a wrong setting"
+        if unexplained or wrong or not total:
+            return ("Not explained" if unexplained else "Wrong setting" if wrong else "Explained"), found
     if counts["pass"]:
         return "Aligned", f"{counts['pass']} of {_plural(total, 'case')} {_verb(counts['pass'], 'pass')}"
     return "Nothing checked", "every case was skipped" if total else "the run holds no case"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -28,6 +29,8 @@ AP_MARGIN = 0.002
 MIN_LOSS, MIN_DELTA_AP = 0.001, 0.0005
 #: And where much differs, a multiple would allow anything: a rate may be worse by this much at most, and AP by that.
 MORE_LOSS, MORE_DELTA_AP = 0.05, 0.01
+#: What the project promises by precision: no golden limit is looser, where what was measured keeps the promise.
+PROMISED: dict[str, dict[Quantity, float]] = {"fp32": {"delta_ap": 0.001}, "fp16": {"delta_ap": 0.003}}
 #: The same two for int8: rounding to steps is not continuous, so that another CPU's last bits move whole steps.  Torch
 #: and ONNX Runtime, computing the same int8 graph, come to AP that differ by up to 0.003.
 INT8_AP_MARGIN, INT8_MIN_DELTA_AP = 0.005, 0.005
@@ -126,7 +129,8 @@ def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int |
     layers = [golden.cases] + [o.cases for o in golden.overlays if _applies(o, provenance)]
     for layer in layers:
         if case.id in layer:
-            found.tolerances.update(layer[case.id].tolerances)
+            read = layer[case.id].tolerances
+            found.tolerances.update({q: _promised(case.precision, q, tolerance) for q, tolerance in read.items()})
             found.ap = layer[case.id].ap or found.ap
     if images and found.ap and images < found.ap.images:
         for name in (rate for rate in RATES if rate in found.tolerances):
@@ -134,6 +138,15 @@ def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int |
             origin = f"{found.tolerances[name].origin}; widened: {images} of the {found.ap.images} measured images"
             found.tolerances[name] = Tolerance(value=value, origin=origin)
     return found
+
+
+def _promised(precision: str, name: Quantity, tolerance: Tolerance) -> Tolerance:
+    """The limit, or what is `PROMISED` where that is less and the measured value, which the origin tells, keeps it."""
+    most = PROMISED.get(precision, {}).get(name)
+    measured = re.match(r"measured (\S+)", tolerance.origin)
+    if most is None or measured is None or tolerance.value <= most or float(measured[1]) > most:
+        return tolerance
+    return Tolerance(value=most, origin=f"{tolerance.origin}; promised {most:g}")
 
 
 def _on_fewer(name: Quantity, measured: float, default: float, ratio: float) -> float:
@@ -199,7 +212,8 @@ def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> Golde
         if name in values:
             limit, how = _limit(name, values[name], int8)
             over = f"{compared} images" if compared else "the referee's images"
-            tolerances[name] = Tolerance(value=limit, origin=f"{how}, over {over} {stamp}")
+            measured = Tolerance(value=limit, origin=f"{how}, over {over} {stamp}")
+            tolerances[name] = _promised(result.case.precision, name, measured)
     ap = None
     if result.scores is not None:
         ap = GoldenAp(
@@ -221,7 +235,5 @@ def _limit(name: Quantity, value: float, int8: bool = False) -> tuple[float, str
     if name in RATES:
         least = INT8_MIN_DELTA_AP if int8 else MIN_DELTA_AP
         limit = min(max(FACTOR * value, least), value + MORE_DELTA_AP)
-        return float(f"{limit:.2g}"), (
-            f"measured {value:.2g} × {FACTOR:g}, >= {least}, at most {MORE_DELTA_AP} more"
-        )
+        return float(f"{limit:.2g}"), (f"measured {value:.2g} × {FACTOR:g}, >= {least}, at most {MORE_DELTA_AP} more")
     return float(f"{FACTOR * value:.2g}"), f"measured {value:.3g} × {FACTOR:g}"

@@ -14,10 +14,11 @@ cores, × 10 on one H100 or H200 with 16 cores, where seven run side by side (``
     ppyoloe                                70      58            12
     =====================================  ======  ============  ============
 
-On a CPU the same seed gives the same checkpoint on the same machine with the same number of threads.  On a GPU it does
-not, not even there: some losses have no deterministic CUDA kernel, so that sums come in another order each time; what
-comes out, as on another machine, is equal in quality, not in bits.  Seed, epochs, device and versions are written
-beside the checkpoint (``<checkpoint>.json``); those in the repository are older than that.
+On a CPU the same seed gives the same weights, to the bit, on the same machine with as many threads (not the same file:
+its format numbers tensors by their addresses).  On a GPU it does not, not even there: some losses have no deterministic
+CUDA kernel, so that sums come in another order each time; what comes out, as on another machine or with other threads,
+is equal in quality, not in bits.  Seed, epochs, device and versions are written beside the checkpoint
+(``<checkpoint>.json``); those in the repository are older than that.
 """
 
 from __future__ import annotations

@@ -269,6 +269,7 @@ def layers(
     from alignment.data.samples import open_samples
     from alignment.export.float16 import float32_nodes
     from alignment.export.onnx_export import exported
+    from alignment.export.plugin_nms import refuse_plugin
     from alignment.layers import RANGE, compare_layers, first_outside, first_range_fault
     from alignment.runners.open import open_model
 
@@ -279,7 +280,8 @@ def layers(
             f"no layers to compare for {backend} {precision}", "choose onnxruntime with fp32 or fp16, or tensorrt"
         )
     sample = next(iter(open_samples(chosen, data, 1)))
-    model, patterns = exported(chosen).onnx, chosen.float32_nodes
+    model = refuse_plugin(exported(chosen).onnx, "no float64 for every tensor")
+    patterns = chosen.float32_nodes
     # With every tensor an output, TensorRT 8.6 has no implementation of a decoding that is bound to float32.
     keep = float32_nodes(model, patterns, decoding=backend != "tensorrt") if precision == "fp16" else ()
     found = compare_layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -26,14 +27,16 @@ FACTOR = 3.0
 #: Half the width of the band around a golden AP; a result outside it, better or worse, fails.
 AP_MARGIN = 0.002
 MIN_LOSS, MIN_DELTA_AP = 0.001, 0.0005
-#: And where much differs, a multiple would allow anything: a rate may be worse by this much at most, and AP by that.
-MORE_LOSS, MORE_DELTA_AP = 0.05, 0.01
 #: The same two for int8: rounding to steps is not continuous, so that another CPU's last bits move whole steps.  Torch
 #: and ONNX Runtime, computing the same int8 graph, come to AP that differ by up to 0.003.
 INT8_AP_MARGIN, INT8_MIN_DELTA_AP = 0.005, 0.005
-
-#: What FP32 promises by its defaults, whatever multiple of a smaller error would allow more.
-PROMISED: tuple[Quantity, ...] = ("boxes", "scores")
+#: And where much differs, a multiple would allow anything: a rate may be worse by this much at most, and AP by that.
+MORE_LOSS, MORE_DELTA_AP = 0.05, 0.01
+#: What the project promises by precision: no golden limit is looser, where what was measured keeps the promise.
+PROMISED: dict[str, dict[Quantity, float]] = {
+    "fp32": {"boxes": 0.02, "scores": 1e-4, "delta_ap": 0.001},
+    "fp16": {"delta_ap": 0.003},
+}
 
 _UNMEASURED = "default, nothing measured yet"
 
@@ -129,8 +132,8 @@ def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int |
     layers = [golden.cases] + [o.cases for o in golden.overlays if _applies(o, provenance)]
     for layer in layers:
         if case.id in layer:
-            measured = layer[case.id].tolerances.items()
-            found.tolerances.update({name: _promised(case.precision, name, limit) for name, limit in measured})
+            read = layer[case.id].tolerances
+            found.tolerances.update({q: _promised(case.precision, q, tolerance) for q, tolerance in read.items()})
             found.ap = layer[case.id].ap or found.ap
     if images and found.ap and images < found.ap.images:
         for name in (rate for rate in RATES if rate in found.tolerances):
@@ -140,21 +143,20 @@ def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int |
     return found
 
 
+def _promised(precision: str, name: Quantity, tolerance: Tolerance) -> Tolerance:
+    """The limit, or what is `PROMISED` where that is less and the measured value, which the origin tells, keeps it."""
+    most = PROMISED.get(precision, {}).get(name)
+    measured = re.match(r"measured (\S+)", tolerance.origin)
+    if most is None or measured is None or tolerance.value <= most or float(measured[1]) > most:
+        return tolerance
+    return Tolerance(value=most, origin=f"{tolerance.origin}; promised {most:g}")
+
+
 def _on_fewer(name: Quantity, measured: float, default: float, ratio: float) -> float:
     """A rate's limit where `ratio` times as many images were measured."""
     if name in MINIMA:
         return max(0.0, min(default, 1 - (1 - measured) * ratio))
     return max(default, measured * ratio)
-
-
-def _promised(precision: str, name: Quantity, limit: Tolerance) -> Tolerance:
-    """A measured limit of FP32's boxes or scores: no looser than the default where what was measured is within that."""
-    if precision != "fp32" or name not in PROMISED or not limit.origin.startswith("measured"):
-        return limit
-    most = DEFAULTS["fp32"][name]
-    if not most < limit.value < FACTOR * most:
-        return limit
-    return Tolerance(value=most, origin=f"{limit.origin}; at most {most:g}, as FP32 promises")
 
 
 def update(folder: Path, result: CaseResult, dataset: dict[str, Any], reason: str) -> Path:
@@ -213,8 +215,8 @@ def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> Golde
         if name in values:
             limit, how = _limit(name, values[name], int8)
             over = f"{compared} images" if compared else "the referee's images"
-            held = Tolerance(value=limit, origin=f"{how}, over {over} {stamp}")
-            tolerances[name] = _promised(result.case.precision, name, held)
+            measured = Tolerance(value=limit, origin=f"{how}, over {over} {stamp}")
+            tolerances[name] = _promised(result.case.precision, name, measured)
     ap = None
     if result.scores is not None:
         ap = GoldenAp(

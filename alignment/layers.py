@@ -26,6 +26,8 @@ HALF_BAND_FACTOR = 4.0
 HALF_MAX, HALF_SMALLEST = float(np.finfo(np.float16).max), float(np.finfo(np.float16).smallest_normal)
 #: Operators that average: a backend may add the terms one after another, where plain float32 adds them pairwise.
 AVERAGING = ("GlobalAveragePool", "ReduceMean")
+#: Operators of one tensor that hand a deviation of it on, no larger than it came.
+HANDING_ON = ("Flatten", "HardSigmoid", "Identity", "Relu", "Reshape", "Sigmoid", "Squeeze", "Unsqueeze")
 EPSILON, HALF_EPSILON = float(np.finfo(np.float32).eps), float(np.finfo(np.float16).eps)
 RangeFault = Literal["overflow", "underflow"]
 #: What float16 cannot do with such values.
@@ -113,12 +115,14 @@ def compare_layers(
         with open_subject(marked) as subject:
             ours = subject.run(batch)
     modules = _modules(model)
+    slack = averaging_slack(graph.graph, truth)
     halves: set[str] | None = None
     if precision == "fp16":
         single = set(float32_nodes(model, patterns))
         halves = {name for node in graph.graph.node if node.name not in single for name in node.output}
     return [
-        _layer(node, name, ours[name], plain[name], truth, modules.get(node.name, ""), halves) for node, name in made
+        _layer(node, name, (ours[name], plain[name], truth[name]), slack.get(name, 0.0), modules, halves)
+        for node, name in made
     ]
 
 
@@ -153,31 +157,51 @@ def _modules(model: Path) -> dict[str, str]:
     return {name: entry["module"] for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
+def averaging_slack(graph: onnx.GraphProto, truths: dict[str, np.ndarray]) -> dict[str, float]:
+    """By how many roundings' worth the order in which an average adds its terms can move a tensor, in its own units.
+
+    The rounding of n terms that are added in sequence is a random walk (Higham, 1993): √n × their mean magnitude.  A
+    convolution, or a Gemm, that reads nothing but the average hands it on, multiplied at most by the L1 norm of the
+    weights of one output; so does what follows, until a node reads another activation as well, beside which it is lost.
+    """
+    weights = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    slack: dict[str, float] = {}
+    for node in graph.node:
+        read, given = node.input[0] if node.input else "", node.output[0]
+        if node.op_type in AVERAGING:
+            terms, averages = truths[read], max(1, truths[given].size)
+            slack[given] = float(np.abs(terms).sum() / max(1, terms.size) * np.sqrt(terms.size / averages))
+        elif read in slack and node.op_type in HANDING_ON:
+            slack[given] = slack[read]
+        elif read in slack and node.op_type in ("Conv", "Gemm") and node.input[1] in weights:
+            matrix = np.abs(weights[node.input[1]])
+            if node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute):
+                matrix = matrix.T
+            slack[given] = slack[read] * float(matrix.reshape(len(matrix), -1).sum(1).max(initial=0.0))
+    return slack
+
+
 def _layer(
     node: onnx.NodeProto,
     name: str,
-    ours: np.ndarray,
-    plain: np.ndarray,
-    truths: dict[str, np.ndarray],
-    module: str,
+    values: tuple[np.ndarray, np.ndarray, np.ndarray],
+    slack: float,
+    modules: dict[str, str],
     halves: set[str] | None,
 ) -> LayerError:
-    """`truths`: every tensor in float64; `halves`: those that are float16 in FP16, None in another precision."""
-    truth = truths[name]
+    """`values`: the subject's, plain float32's and float64's; `slack`: see `averaging_slack`; `halves`: the tensors
+    that are float16 in FP16, None in another precision."""
+    ours, plain, truth = values
     low, high = (float(truth.min()), float(truth.max())) if truth.size else (0.0, 0.0)
     own = float(np.abs(plain - truth).max(initial=0.0))
     # A tensor that plain float32 gets exactly, a Reshape's say, still carries half a rounding of its inputs.
     factor = BAND_FACTOR if halves is None else HALF_BAND_FACTOR * HALF_EPSILON / EPSILON
-    floor = max(-low, high)
-    if node.op_type in AVERAGING:
-        # The rounding of n terms that are added in sequence is a random walk (Higham, 1993).
-        terms = truths[node.input[0]]
-        floor = max(floor, float(np.abs(terms).mean()) * float(np.sqrt(terms.size / truth.size)))
+    floor = max(-low, high, slack)
     band = factor * max(own, EPSILON * floor)
     distance = np.abs(ours - truth) if ours.shape == truth.shape else np.array(np.inf)
     error = float(distance.max(initial=0.0)) if np.isfinite(distance).all() else float("inf")
     fault = _range_fault(ours, truth, name in halves, error > band) if halves is not None else None
-    return LayerError(node.name, node.op_type, name, error, band, low, high, module, fault)
+    return LayerError(node.name, node.op_type, name, error, band, low, high, modules.get(node.name, ""), fault)
 
 
 def _range_fault(ours: np.ndarray, truth: np.ndarray, half: bool, outside: bool) -> RangeFault | None:

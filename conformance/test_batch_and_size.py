@@ -21,24 +21,35 @@ from alignment.results import Alignment, CaseResult
 from alignment.runners.base import Runner
 from alignment.runners.open import open_runner
 from alignment.runners.record import Record, record_path
-from alignment.variant import Variant, load_variant, resized
+from alignment.variant import Variant, load_variant, resized, zoo
 
-IMAGES = 16
+#: Images and sizes of one family in full; the others have their own size and fewer images.
+IMAGES, FEW = 16, 6
+FULL = "yolov8_embedded"
 SIZES = [(320, 320), (416, 416), (256, 384)]
+OTHERS = [p.stem for p in zoo() if p.stem.endswith("_embedded") and p.stem != FULL]
 #: Kernels may sum in another order for another batch: the limits of `golden.DEFAULTS` for float32, halved.
 BOXES, SCORES = 0.01, 5e-5
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[*((FULL, size) for size in SIZES), *((name, None) for name in OTHERS)],
+    ids=lambda param: f"{param[0]}-{'x'.join(map(str, param[1]))}" if param[1] else param[0],
+)
 def variant(request) -> Variant:
-    """The embedded variant at each size."""
+    """Every embedded variant, one of them at each size."""
     pytest.importorskip("mmyolo")
-    return resized(load_variant("yolov8_embedded"), *request.param)
+    name, size = request.param
+    found = load_variant(name)
+    if found.rotated:
+        pytest.importorskip("mmrotate")
+    return resized(found, *size) if size else found
 
 
 @pytest.fixture(scope="module")
 def samples(variant) -> list[Sample]:
-    return list(open_samples(variant, None, IMAGES))
+    return list(open_samples(variant, None, IMAGES if variant.name.startswith(FULL) else FEW))
 
 
 BACKENDS = [pytest.param(name, marks=[pytest.mark.gpu] if name == "tensorrt" else []) for name in get_args(Backend)]
@@ -71,7 +82,7 @@ def alone(runner, variant, samples) -> list[Outputs]:
 @pytest.mark.parametrize("batch", [1, 2, 5, 16])
 def test_an_image_is_answered_in_a_batch_as_alone(runner, variant, samples, alone, batch):
     count = 0
-    for start in range(0, IMAGES, batch):
+    for start in range(0, len(samples), batch):
         several = samples[start : start + batch]
         named = runner.run(np.stack([sample.tensor for sample in several]))
         answers = to_outputs(named, variant, len(several)).images()
@@ -85,7 +96,7 @@ def test_an_image_is_answered_in_a_batch_as_alone(runner, variant, samples, alon
             strong = [np.sort(d.labels[d.scores >= 0.01]) for d in (expected, found)]
             np.testing.assert_array_equal(*strong)
             count += len(strong[0])
-    assert count > IMAGES
+    assert count > len(samples)
 
 
 def test_every_image_has_an_answer_of_its_own(alone):

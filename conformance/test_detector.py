@@ -255,22 +255,6 @@ def test_class_offsets_move_an_iou_in_mmcv():
     assert far.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", [EMBEDDED, "yolov5_n", "yolov8_n"])
-def test_nms_settings_are_those_of_the_config(name):
-    pytest.importorskip("mmyolo")
-    from alignment.models.mmyolo_source import load_config
-
-    variant = load_variant(name)
-    config = load_config(variant).model.test_cfg
-    assert variant.nms == Nms(
-        score_threshold=config.score_thr,
-        iou_threshold=config.nms.iou_threshold,
-        nms_pre=config.nms_pre,
-        max_per_image=config.max_per_img,
-        multi_label=config.multi_label,
-    )
-
-
 @pytest.mark.real_data
 def test_yolox_nano_equals_the_independent_onnx():
     """mmyolo's model, built from our depthwise classes, against a file that others exported from the same weights."""

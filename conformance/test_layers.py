@@ -23,6 +23,7 @@ from alignment.layers import (
     HALF_MAX,
     HALF_SMALLEST,
     LayerError,
+    averaging_slack,
     compare_layers,
     first_outside,
     first_range_fault,
@@ -31,7 +32,7 @@ from alignment.layers import (
 from alignment.pipeline import RunOptions, align_live
 from alignment.runners.base import Runner
 from alignment.runners.open import open_model
-from alignment.variant import ZOO, load_variant
+from alignment.variant import ZOO, load_variant, zoo
 
 Plant = Callable[[onnx.ModelProto], str]
 
@@ -163,18 +164,71 @@ def test_onnx_runtime_stays_inside_the_band_with_every_tensor(model, batch):
     assert all(layer.band <= 1e-3 * layer.magnitude for layer in layers if layer.op == "Conv")
 
 
-def test_the_band_allows_for_averages_over_whole_maps():
-    """RTMDet's channel attention averages 1600 values; ONNX Runtime adds them one after another."""
+@pytest.fixture(scope="module", params=[p.stem for p in zoo() if p.stem.endswith("_embedded")])
+def family(request) -> tuple[Path, np.ndarray]:
+    """Each embedded variant's ONNX file and one image."""
     pytest.importorskip("mmyolo")
     from alignment.export.onnx_export import exported
 
-    variant = load_variant("rtmdet_embedded")
+    variant = load_variant(request.param)
+    if variant.rotated:
+        pytest.importorskip("mmrotate")
+    return exported(variant).onnx, next(iter(open_samples(variant, None, 1))).tensor[None]
+
+
+def test_every_family_stays_inside_the_band(family):
+    """RTMDet's and PP-YOLOE's channel attention averages up to 1600 values, which ONNX Runtime adds one after another,
+    and a convolution of the averages hands on what that costs."""
+    path, image = family
+    layers, _ = compare(path, image)
+    assert [layer.place for layer in layers if not layer.inside] == []
+    attention = [layer for layer in layers if "/attention/" in layer.node or layer.op == "GlobalAveragePool"]
+    assert bool(attention) is path.name.startswith(("rtmdet", "ppyoloe"))
+    assert all(layer.band <= 1e-3 * layer.magnitude for layer in attention)
+
+
+def attention_weights(graph: onnx.ModelProto) -> str:
+    pool = next(n for n in graph.graph.node if n.op_type == "GlobalAveragePool")
+    node = next(n for n in graph.graph.node if pool.output[0] in n.input)
+    change_weights(graph, node.input[1], lambda w: w * np.float32(1.001))
+    return node.name
+
+
+def test_a_fault_in_what_reads_an_average_is_named():
+    pytest.importorskip("mmrotate")
+    from alignment.export.onnx_export import exported
+
+    variant = load_variant("rtmdet_r_embedded")
     image = next(iter(open_samples(variant, None, 1))).tensor[None]
-    layers, _ = compare(exported(variant).onnx, image)
-    averages = [layer for layer in layers if layer.op == "GlobalAveragePool"]
-    assert averages
-    assert all(layer.band <= 1e-3 * layer.magnitude for layer in averages)
-    assert first_outside(layers) is None
+    layers, node = compare(exported(variant).onnx, image, attention_weights)
+    assert first_outside(layers).node == node
+
+
+def test_an_average_gives_slack_to_the_nodes_that_it_alone_feeds():
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(3, 2, 1, 1)).astype(np.float32)
+    matrix = rng.normal(size=(3, 5)).astype(np.float32)
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["x"], ["mean"]),
+        helper.make_node("Conv", ["mean", "weights"], ["conv"]),
+        helper.make_node("Sigmoid", ["conv"], ["gate"]),
+        helper.make_node("Flatten", ["gate"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "matrix"], ["gemm"]),
+        helper.make_node("Gemm", ["flat", "turned"], ["same"], transB=1),
+        helper.make_node("Add", ["gemm", "same"], ["sum"]),
+        helper.make_node("Relu", ["sum"], ["end"]),
+        helper.make_node("Conv", ["x", "weights"], ["map"]),
+    ]
+    constants = {"weights": weights, "matrix": matrix, "turned": matrix.T.copy()}
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", [], [], initializers)
+    x = rng.normal(size=(1, 2, 8, 8))
+    slack = averaging_slack(graph, {"x": x, "mean": x.mean((2, 3), keepdims=True)})
+    mean = np.abs(x).mean() * 8
+    conv = mean * np.abs(weights).sum((1, 2, 3)).max()
+    gemm = conv * np.abs(matrix).sum(0).max()
+    expected = {"mean": mean, "conv": conv, "gate": conv, "flat": conv, "gemm": gemm, "same": gemm}
+    assert slack == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("plant", FAULTS)

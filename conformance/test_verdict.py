@@ -231,38 +231,6 @@ def test_rates_of_many_images_do_not_bind_a_run_of_fewer(images, given, expected
         assert found[name].origin == ("measured" if images in (6, None) else widened)
 
 
-@pytest.mark.parametrize(
-    ("case", "name", "value", "expected"),
-    [
-        (ORT, "boxes", 0.037, 0.02),
-        (ORT, "scores", 2.9e-4, 1e-4),
-        (ORT, "boxes", 0.015, 0.015),
-        # What was measured, a third of it, breaks the promise itself.
-        (ORT, "boxes", 0.06, 0.06),
-        (ORT, "raw", 0.02, 0.02),
-        (Case("net", "tensorrt", "fp16"), "boxes", 0.037, 0.037),
-    ],
-)
-@pytest.mark.parametrize("origin", ["measured x × 3", "float64 says so"])
-def test_a_multiple_of_a_small_error_does_not_loosen_what_fp32_promises(case, name, value, expected, origin):
-    golden = Golden(
-        variant="net", cases={case.id: GoldenCase(tolerances={name: Tolerance(value=value, origin=origin)})}
-    )
-    found = limits(golden, case, {}).tolerances[name]
-    by_measure = origin.startswith("measured")
-    assert found.value == (expected if by_measure else value)
-    capped = by_measure and expected != value
-    assert found.origin == origin + (f"; at most {expected:g}, as FP32 promises" if capped else "")
-
-
-def test_update_writes_what_fp32_promises_too(tmp_path):
-    update(tmp_path, result_of(ORT, measured(boxes=0.0124)), {}, "why")
-    written = read_golden(tmp_path, "net").cases[ORT.id].tolerances["boxes"]
-    assert written.value == 0.02
-    assert written.origin.startswith("measured 0.0124 × 3")
-    assert written.origin.endswith("at most 0.02, as FP32 promises")
-
-
 def result_of(case: Case, found: Measured, provenance: dict[str, str] | None = None) -> CaseResult:
     return CaseResult(
         case=case.result_id(),
@@ -276,11 +244,11 @@ def result_of(case: Case, found: Measured, provenance: dict[str, str] | None = N
 
 
 def test_update_writes_what_was_measured_times_the_factor_with_its_origin(tmp_path):
-    found = measured(raw=1e-3, boxes=0.0034, matched=96)
+    found = measured(raw=1e-3, boxes=0.0034, matched=98)
     path = update(tmp_path, result_of(ORT, found), {"fingerprint": "d"}, "first light")
     entry = read_golden(tmp_path, "net").cases[ORT.id]
     values = {name: tolerance.value for name, tolerance in entry.tolerances.items()}
-    expected = {"raw": FACTOR * 1e-3, "boxes": FACTOR * 0.0034, "scores": FACTOR * 1e-6, "agreement": 1 - FACTOR * 0.04}
+    expected = {"raw": FACTOR * 1e-3, "boxes": FACTOR * 0.0034, "scores": FACTOR * 1e-6, "agreement": 1 - FACTOR * 0.02}
     # Limits have two digits.
     assert values == pytest.approx({**expected, "delta_ap": 0.0005}, rel=0.05)
     assert values["agreement"] == pytest.approx(expected["agreement"], abs=1e-5)
@@ -305,10 +273,11 @@ def test_update_of_tensorrt_goes_into_the_overlay_of_its_place_and_keeps_the_res
     assert limits(golden, TRT, {}).tolerances["boxes"].value == DEFAULTS["fp32"]["boxes"]
 
 
-@pytest.mark.parametrize("matched", [0, 30, 50])
-def test_update_can_write_a_bad_agreement(tmp_path, matched):
+@pytest.mark.parametrize(("matched", "least"), [(0, 0.0), (30, 0.25), (50, 0.45), (97, 0.92), (98, 0.94)])
+def test_a_bad_agreement_may_be_little_worse(tmp_path, matched, least):
     update(tmp_path, result_of(ORT, measured(matched=matched)), {}, "why")
-    assert read_golden(tmp_path, "net").cases[ORT.id].tolerances["agreement"].value == 0
+    held = read_golden(tmp_path, "net").cases[ORT.id].tolerances["agreement"].value
+    assert held == pytest.approx(least)
 
 
 def test_a_replayed_result_measured_nothing_and_is_refused(tmp_path):

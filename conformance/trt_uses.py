@@ -3,14 +3,19 @@
 Every attribute has a receiver.  The module ``trt`` and variables of a name in `OBJECTS` are TensorRT's.  What comes
 from a literal, another module, a class or function of this package, or a parameter of a declared type is not.  Whatever
 is left could be a TensorRT object in disguise and is `UNKNOWN`: give it a name of `OBJECTS`.
+
+Beside that, `names` lists all attribute names, whatever has them.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from trt_guards import guards
 
 # Where TensorRT is imported, a variable (or private attribute) of such a name holds an object of that class only.
 OBJECTS = {
@@ -48,49 +53,89 @@ PASSING = {
     "tuple",
     "zip",
 }
+# Modules, classes and objects whose functions make something of their own of what they are given, unlike copy.copy.
+MAKING = {"Capabilities", "cuda", "hashlib", "json", "np", "self"}
+# Functions that take the name of an attribute or of a module as text.
+BY_TEXT = {"attrgetter", "methodcaller", "getattr", "setattr", "hasattr", "delattr"}
+IMPORTING = {"import_module", "__import__"}
+# Annotations that do not tell what is behind them.
+_TELLS_NOTHING = re.compile(r"\b(Any|object|trt\.\w+|tensorrt\.\w+)\b|^(list|dict|tuple|set|Iterable|Iterator)$")
 
 
 class Use(NamedTuple):
-    """``Class.member``, ``function`` or, of an unknown receiver, ``unknown.member``; and the attributes that the
-    function around it mentions, a capability's among them."""
+    """``Class.member``, ``function`` or, of an unknown receiver, ``unknown.member``; its text; and the attributes that
+    are known to be true there, a capability among them."""
 
     name: str
     line: int
-    mentions: frozenset[str]
+    text: str
+    guards: frozenset[str]
 
 
 def imports_tensorrt(tree: ast.AST) -> bool:
     """Whether a source imports TensorRT, in whatever way."""
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [text for node in ast.walk(tree) for text in _texts(node, IMPORTING)]
     return any(name.split(".")[0] == "tensorrt" for name in names)
 
 
-def opaque_functions(tree: ast.AST) -> set[str]:
-    """Functions that do not declare what they return: it may be TensorRT's."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return {f.name for f in functions if f.returns is None or "Any" in ast.unparse(f.returns)}
+def opaque_names(tree: ast.AST) -> set[str]:
+    """Functions, properties and fields that do not declare what they are: it may be TensorRT's."""
+    nodes = [*ast.walk(tree)]
+    functions = {f.name for f in nodes if isinstance(f, ast.FunctionDef) and not _declares(f.returns)}
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    fields = [field for one in classes for field in one.body if isinstance(field, ast.AnnAssign)]
+    return functions | {
+        field.target.id for field in fields if isinstance(field.target, ast.Name) and not _declares(field.annotation)
+    }
+
+
+def names(source: str) -> Iterator[Use]:
+    """Every attribute of a source, given as text too, whatever has it; and TensorRT imported under another name."""
+    tree = ast.parse(source)
+    known = guards(tree)
+    for node in ast.walk(tree):
+        found = [node.attr] if isinstance(node, ast.Attribute) else _texts(node, BY_TEXT)
+        for name in found:
+            yield Use(name.rpartition(".")[2], node.lineno, ast.unparse(node), known[id(node)])
+
+
+def _declares(annotation: ast.expr | None) -> bool:
+    """Whether an annotation says that something is not TensorRT's."""
+    text = ast.unparse(annotation).strip("\"'") if annotation is not None else "Any"
+    return not _TELLS_NOTHING.search(text)
+
+
+def _texts(node: ast.AST, functions: set[str]) -> list[str]:
+    """The text arguments of a call of one of `functions`."""
+    match node:
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=arguments) if name in functions:
+            return [a.value for a in arguments if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return []
 
 
 def uses(source: str, opaque: set[str] | None = None) -> Iterator[Use]:
-    """All that a source asks of TensorRT or of an unknown receiver; `opaque` are such functions of other sources."""
+    """All that a source asks of TensorRT or of an unknown receiver; `opaque` are such names of other sources."""
     tree = ast.parse(source)
-    opaque = opaque_functions(tree) | (opaque or set())
+    opaque = opaque_names(tree) | (opaque or set())
+    known = guards(tree)
     for owner in tree.body:
         for function in owner.body if isinstance(owner, ast.ClassDef) else [owner]:
             scope = _Scope(tree, owner, function, opaque)
             attributes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
-            mentions = frozenset(node.attr for node in attributes)
             for node in attributes:
                 kind = scope.kind(node.value)
                 if kind != OTHER and not node.attr.startswith("__"):
                     name = node.attr if kind == MODULE else f"{kind}.{node.attr}"
-                    yield Use(name, node.lineno, mentions)
+                    yield Use(name, node.lineno, ast.unparse(node), known[id(node)])
             for node in ast.walk(function):
                 match node:
-                    case ast.Call(func=ast.Name(id="getattr" | "setattr" | "hasattr" as name), args=[asked, *_]):
+                    case ast.Call(func=ast.Name(id=name), args=[asked, *_]) if name in BY_TEXT:
                         if scope.kind(asked) != OTHER:
-                            yield Use(f"{UNKNOWN}.{name}", node.lineno, mentions)
+                            yield Use(f"{UNKNOWN}.{name}", node.lineno, ast.unparse(node), frozenset())
+                if "tensorrt" in [text.split(".")[0] for text in _texts(node, IMPORTING)]:
+                    yield Use(f"{UNKNOWN}.import_module", node.lineno, ast.unparse(node), frozenset())
 
 
 class _Scope:
@@ -99,7 +144,8 @@ class _Scope:
     def __init__(self, tree: ast.Module, owner: ast.AST, function: ast.AST, opaque: set[str]) -> None:
         self.opaque = opaque
         self.objects = OBJECTS if imports_tensorrt(tree) else {}
-        self.known = {*dir(builtins), *NOT_TENSORRT, "self", "cls", *_defined(tree.body)}
+        shared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+        self.known = {*dir(builtins), *NOT_TENSORRT, "self", "cls", *_defined(tree.body)} - shared
         self.sources: dict[str, list[ast.AST | None]] = {}
         for node in [*ast.walk(owner)] if isinstance(owner, ast.ClassDef) else [*ast.walk(function)]:
             # Of the other methods only what they put on `self` is seen here.
@@ -121,10 +167,15 @@ class _Scope:
             case ast.Attribute(value=ast.Name(id="self"), attr=name):
                 if name.lstrip("_") in self.objects:
                     return self.objects[name.lstrip("_")]
-                return self._held(f"self.{name}") if f"self.{name}" in self.sources else OTHER
+                if f"self.{name}" in self.sources:
+                    return self._held(f"self.{name}")
+                return UNKNOWN if name in self.opaque else OTHER
             case ast.Attribute(value=value, attr=name):
                 below = self.kind(value)
-                return name if below == MODULE else OTHER if below == OTHER else UNKNOWN
+                if below == MODULE:
+                    return name
+                hidden = name in self.opaque or name.lstrip("_") in self.objects
+                return OTHER if below == OTHER and not hidden else UNKNOWN
             case ast.Call(func=func, args=arguments):
                 return self._returned(func, arguments)
             case ast.Subscript(value=value):
@@ -145,7 +196,11 @@ class _Scope:
             case ast.Attribute(value=value, attr=name):
                 # trt.Builder(...) is a Builder; what a method of one returns is not known.
                 below = self.kind(value)
-                return name if below == MODULE else OTHER if {below, self._element(value)} == {OTHER} else UNKNOWN
+                if below == MODULE:
+                    return name
+                making = isinstance(value, ast.Name) and value.id in MAKING
+                given = {self.kind(argument) for argument in arguments if not making}
+                return OTHER if {below, self._element(value), *given} == {OTHER} else UNKNOWN
         return self.kind(func)
 
     def _element(self, node: ast.expr) -> str:
@@ -201,8 +256,7 @@ def _bindings(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
         case ast.Call(func=ast.Attribute(value=holder, attr="append" | "add" | "insert"), args=[*_, value]):
             yield ast.unparse(holder) + "[]", value
         case ast.arg(arg=name, annotation=annotation) if name not in ("self", "cls"):
-            declared = annotation is not None and "Any" not in ast.unparse(annotation)
-            yield name, ast.Constant(None) if declared else None
+            yield name, ast.Constant(None) if _declares(annotation) else None
     for target, value in pairs:
         for name in _names(target):
             yield name, value

@@ -14,6 +14,7 @@ import onnx
 
 from alignment import __version__
 from alignment.errors import AlignError
+from alignment.export.plugin_nms import before_plugin, plugin_of
 from alignment.storage import cache_dir, locked, writing
 from alignment.variant import OnnxSource, Variant
 
@@ -74,7 +75,7 @@ def exported(variant: Variant, options: ExportOptions | None = None) -> Exported
     """
     options = options or ExportOptions()
     if isinstance(variant.source, OnnxSource):
-        check_onnx(variant.source.file)
+        check_onnx(variant.source.file, variant.ends_in_nms)
         return ExportedModel(variant.source.file, None)
     import torch
 
@@ -126,8 +127,8 @@ def export(variant: Variant, folder: Path, options: ExportOptions) -> ExportedMo
     return ExportedModel(path, node_map_path(path))
 
 
-def check_onnx(path: Path) -> onnx.ModelProto:
-    """Loads and checks an ONNX file.
+def check_onnx(path: Path, plugin: bool = False) -> onnx.ModelProto:
+    """Loads and checks an ONNX file; with `plugin`, one that ends in EfficientNMS_TRT up to there.
 
     Raises:
         AlignError: when it is missing, truncated, not ONNX, or uses an op or opset that ONNX does not know, a plugin of
@@ -138,6 +139,8 @@ def check_onnx(path: Path) -> onnx.ModelProto:
         raise AlignError(f"{path}: no such file", "give the ONNX file that the variant's YAML names")
     try:
         model = onnx.load(path)
+        if plugin and plugin_of(model) is not None:
+            model = before_plugin(model, path)
         _refuse_plugins(model, path)
         # Before the checker, which of an old opset says only that some node has too many inputs.
         opset = _opset(model, path)
@@ -171,7 +174,8 @@ def _refuse_plugins(model: onnx.ModelProto, path: Path) -> None:
     if plugins:
         raise AlignError(
             f"{path}: holds {', '.join(plugins)}, which only TensorRT runs, but the reference is ONNX Runtime",
-            "export it up to its NMS (head layout decoded, yolov5 or yolov8), or with ONNX's own NonMaxSuppression",
+            "export it up to its NMS (head layout decoded, yolov5 or yolov8), or with ONNX's own NonMaxSuppression; a "
+            "file that ends in EfficientNMS_TRT takes head layout end2end",
         )
 
 

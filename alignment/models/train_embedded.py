@@ -2,24 +2,43 @@
 
     python -m alignment.models.train_embedded yolov8_embedded
 
-mmyolo's own Runner, losses and data pipeline, on the GPU where torch sees one.  About 50 seconds an epoch on 2 CPU
-cores; on one H100 or H200 with 16 cores about 10 seconds an epoch, seven side by side (``--workers 2``, under NVIDIA's
-MPS).  On a CPU the result is the same for the same seed on the same machine; on a GPU, and elsewhere, it is equal in
-quality.
+mmyolo's own Runner, losses and data pipeline, on the GPU where torch sees one.  `EPOCHS` × 50 seconds an epoch on 2 CPU
+cores, × 10 on one H100 or H200 with 16 cores, where seven run side by side (``--workers 2``, under NVIDIA's MPS):
+
+    =====================================  ======  ============  ============
+    variant                                epochs  minutes, CPU  minutes, GPU
+    =====================================  ======  ============  ============
+    yolov5, v6, x, rtmdet, rtmdet_r        34      28            6
+    yolov8                                 40      33            7
+    yolov7                                 60      50            10
+    ppyoloe                                70      58            12
+    =====================================  ======  ============  ============
+
+On a CPU the same seed gives the same weights, to the bit, on the same machine with as many threads (not the same file:
+its format numbers tensors by their addresses).  On a GPU it does not, not even there: some losses have no deterministic
+CUDA kernel, so that sums come in another order each time; what comes out, as on another machine or with other threads,
+is equal in quality, not in bits.  Seed, epochs, device and versions are written beside the checkpoint
+(``<checkpoint>.json``); those in the repository are older than that.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import tempfile
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from alignment import __version__
 from alignment.data import synthetic, synthetic_rotated
+from alignment.export.onnx_export import file_digest
 from alignment.models.mmyolo_source import load_config
 from alignment.models.rescale import rescale_channels
 from alignment.storage import writing
@@ -36,18 +55,28 @@ BATCH = 16
 _META = ("img_id", "img_path", "ori_shape", "img_shape")
 
 
-def train_config(variant: Variant, root: Path, work: Path, epochs: int, seed: int, workers: int) -> Any:
+@dataclass(frozen=True)
+class Schedule:
+    """How long, on how many images, and from which seed; `workers` are processes that read and augment them."""
+
+    epochs: int
+    images: int = TRAIN_IMAGES
+    seed: int = 0
+    workers: int = 1
+
+
+def train_config(variant: Variant, root: Path, work: Path, schedule: Schedule) -> Any:
     """The variant's own mmyolo config with a short schedule and the synthetic set as data."""
     import torch
 
     config = load_config(variant)
-    iterations = epochs * (TRAIN_IMAGES // BATCH)
+    iterations = schedule.epochs * (schedule.images // BATCH)
     warmup = min(300, max(1, iterations // 4))
     config.model.data_preprocessor = _preprocessor(variant)
     config.train_dataloader = dict(
         batch_size=BATCH,
-        num_workers=workers,
-        persistent_workers=True,
+        num_workers=schedule.workers,
+        persistent_workers=schedule.workers > 0,
         drop_last=True,
         sampler=dict(type="DefaultSampler", shuffle=True),
         collate_fn=dict(type="yolov5_collate"),
@@ -55,7 +84,7 @@ def train_config(variant: Variant, root: Path, work: Path, epochs: int, seed: in
     )
     config.val_dataloader = config.val_evaluator = config.val_cfg = None
     config.test_dataloader = config.test_evaluator = config.test_cfg = None
-    config.train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs)
+    config.train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=schedule.epochs)
     config.optim_wrapper = dict(
         type="OptimWrapper",
         optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05),
@@ -73,7 +102,7 @@ def train_config(variant: Variant, root: Path, work: Path, epochs: int, seed: in
     )
     config.custom_hooks = [dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.002, gamma=300, priority=49)]
     # Some losses have no deterministic CUDA kernel.
-    config.randomness = dict(seed=seed, deterministic=not torch.cuda.is_available())
+    config.randomness = dict(seed=schedule.seed, deterministic=not torch.cuda.is_available())
     config.work_dir, config.visualizer, config.default_scope = str(work), None, "mmyolo"
     config.resume, config.load_from = True, None
     return config
@@ -155,8 +184,8 @@ def _rotated_dataset(variant: Variant, root: Path) -> dict:
     )
 
 
-def training_root(variant: Variant) -> Path:
-    """The variant's synthetic set with `TRAIN_IMAGES` training images, drawn once into the cache folder."""
+def training_root(variant: Variant, images: int = TRAIN_IMAGES) -> Path:
+    """The variant's synthetic set with so many training images, drawn once into the cache folder."""
     source = synthetic_rotated if variant.rotated else synthetic
 
     def write(folder: Path, split: str, count: int) -> None:
@@ -164,7 +193,7 @@ def training_root(variant: Variant) -> Path:
         if variant.rotated:
             _write_dota(folder, split)
 
-    return synthetic.cached_splits(f"{variant.dataset}-train-{TRAIN_IMAGES}", {"train2017": TRAIN_IMAGES}, write)
+    return synthetic.cached_splits(f"{variant.dataset}-train-{images}", {"train2017": images}, write)
 
 
 def _write_dota(root: Path, split: str) -> None:
@@ -180,22 +209,11 @@ def _write_dota(root: Path, split: str) -> None:
         (root / "annfiles" / Path(image["file_name"]).with_suffix(".txt")).write_text("".join(lines[image["id"]]))
 
 
-def main(
-    name: Annotated[str, typer.Argument(help="an embedded variant of the zoo")],
-    out: Annotated[Path | None, typer.Option(help="checkpoint to write; default: the variant's own")] = None,
-    work: Annotated[Path | None, typer.Option(help="work folder of the Runner; run again with it to resume")] = None,
-    epochs: Annotated[int | None, typer.Option(help="default: as the repository's checkpoints")] = None,
-    seed: int = 0,
-    workers: Annotated[int, typer.Option(help="processes that read and augment images")] = 1,
-) -> None:
-    """Train variant NAME on the synthetic shapes."""
+def trained(variant: Variant, work: Path, schedule: Schedule) -> dict[str, Any]:
+    """Trains; returns the averaged weights on the CPU, fp16, rescaled where the variant is of `RESCALED`."""
     # The Runner resumes from checkpoints that it wrote itself into `work`; they hold more than tensors.
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    variant = load_variant(name)
-    work = work or Path(tempfile.mkdtemp(prefix="align-train-"))
-    epochs = epochs or EPOCHS.get(variant.name, USUAL_EPOCHS)
-    config = train_config(variant, training_root(variant), work, epochs, seed, workers)
-    import torch
+    config = train_config(variant, training_root(variant, schedule.images), work, schedule)
     from mmengine.runner import Runner
 
     runner = Runner.from_cfg(config)
@@ -206,15 +224,58 @@ def main(
     model = runner.model.cpu()
     if variant.name in RESCALED:
         rescale_channels(model)
-    state = {
+    return {
         key: value.half() if value.is_floating_point() else value
         for key, value in model.state_dict().items()
         if not key.endswith("num_batches_tracked")
     }
+
+
+def provenance(variant: Variant, schedule: Schedule) -> dict[str, Any]:
+    """What a checkpoint was made of and on; on a GPU, `deterministic` is false."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    packages = ("torch", "mmengine", "mmdet", "mmyolo", *(["mmrotate"] if variant.rotated else []), "numpy")
+    return {
+        "variant": variant.name,
+        "variant_fingerprint": variant.fingerprint(),
+        **asdict(schedule),
+        "batch": BATCH,
+        "dataset": f"{variant.dataset} v{synthetic.VERSION}, seed {synthetic.SEED}",
+        "device": torch.cuda.get_device_name()
+        if gpu
+        else f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
+        "deterministic": not gpu,
+        "versions": {"alignment": __version__, **{name: importlib.metadata.version(name) for name in packages}},
+    }
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="an embedded variant of the zoo")],
+    out: Annotated[Path | None, typer.Option(help="checkpoint to write; default: the variant's own")] = None,
+    work: Annotated[Path | None, typer.Option(help="work folder of the Runner; run again with it to resume")] = None,
+    epochs: Annotated[int | None, typer.Option(help="default: as the repository's checkpoints")] = None,
+    seed: int = 0,
+    workers: Annotated[int, typer.Option(help="processes that read and augment images")] = 1,
+    images: Annotated[int, typer.Option(help="training images", min=2 * BATCH)] = TRAIN_IMAGES,
+) -> None:
+    """Train variant NAME on the synthetic shapes."""
+    import torch
+
+    variant = load_variant(name)
+    schedule = Schedule(epochs or EPOCHS.get(variant.name, USUAL_EPOCHS), images, seed, workers)
+    work = work or Path(tempfile.mkdtemp(prefix="align-train-"))
+    resumed, start = (work / "last_checkpoint").is_file(), time.monotonic()
+    state = trained(variant, work, schedule)
+    minutes = round((time.monotonic() - start) / 60, 2)
     path = out or variant.weights
     with writing(path) as temporary:
         # torch's zip format would pad each of some 500 small tensors: a tenth of the file.
         torch.save(state, temporary, _use_new_zipfile_serialization=False)
+    papers = {**provenance(variant, schedule), "minutes": minutes, "resumed": resumed, "sha256": file_digest(path)}
+    with writing(path.with_name(f"{path.name}.json")) as temporary:
+        temporary.write_text(json.dumps(papers, indent=1) + "\n", encoding="utf-8")
     typer.echo(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)")
 
 

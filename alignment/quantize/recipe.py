@@ -18,6 +18,7 @@ from alignment.data.samples import CALIBRATION_SPLIT, Samples, open_samples
 from alignment.engine.int8 import write_cache
 from alignment.errors import AlignError
 from alignment.export.onnx_export import exported, file_digest
+from alignment.export.plugin_nms import refuse_plugin
 from alignment.quantize.calibrate import Calibration, calibrate, identity_of
 from alignment.quantize.equalization import equalize
 from alignment.quantize.observers import fake_quantize, scale_of, weight_amax
@@ -158,7 +159,7 @@ def quantize(
         AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have.
     """
     recipe = variant.quantization
-    source = _with_scales_of_channels(exported(variant).onnx, variant.name)
+    source = _with_scales_of_channels(refuse_plugin(exported(variant).onnx, "no int8 here"), variant.name)
     if recipe.equalization:
         source = graph_file(equalize(onnx.load(source))[0], f"{variant.name}.equalized")
     samples = calibration_samples(variant, data)

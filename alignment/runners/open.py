@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from alignment.case import Case
 from alignment.engine.build import BuildOptions
 from alignment.export.float16 import float16_model, float32_nodes
 from alignment.export.onnx_export import exported
+from alignment.export.plugin_nms import ends_in_plugin
 from alignment.runners.base import Runner
 from alignment.variant import OnnxSource, Variant
 
@@ -58,10 +59,22 @@ def open_model(path: Path, case: Case, batch: int = 1, keep: Sequence[str] = ())
     if case.backend == "onnxruntime":
         from alignment.runners.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(float16_model(path, False, keep) if case.precision == "fp16" else path)
+        def graph(path: Path) -> Runner:
+            return OnnxRuntimeRunner(float16_model(path, False, keep) if case.precision == "fp16" else path)
+
+        return _with_plugin(path, graph)
     from alignment.runners.tensorrt import TensorRTRunner
 
     return TensorRTRunner(*_tensorrt_options(path, case, batch, keep))
+
+
+def _with_plugin(path: Path, graph: Callable[[Path], Runner]) -> Runner:
+    """`graph` on a file, which may end in a plugin that only TensorRT has."""
+    if not ends_in_plugin(path):
+        return graph(path)
+    from alignment.runners.plugin_nms import PluginNmsRunner
+
+    return PluginNmsRunner(path, graph)
 
 
 def _tensorrt_options(path: Path, case: Case, batch: int, keep: Sequence[str]) -> tuple[Path, BuildOptions]:
@@ -83,7 +96,7 @@ def open_referee(variant: Variant, reference: Runner) -> Runner | None:
     if isinstance(variant.source, OnnxSource):
         from alignment.runners.evaluator import OnnxEvaluator
 
-        return OnnxEvaluator(variant.source.file, "float64")
+        return _with_plugin(variant.source.file, OnnxEvaluator)
     from alignment.runners.torch import TorchRunner
 
     assert isinstance(reference, TorchRunner)

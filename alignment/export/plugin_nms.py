@@ -1,0 +1,89 @@
+"""ONNX files that end in TensorRT's plugin EfficientNMS_TRT: what comes before it runs anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, NodeProto, helper
+
+from alignment.errors import AlignError
+
+PLUGIN = "EfficientNMS_TRT"
+#: Without these the plugin takes defaults of its own, which differ between its sources and their README.
+NEEDED = ("score_threshold", "iou_threshold", "max_output_boxes")
+
+
+def plugin_of(model: ModelProto) -> NodeProto | None:
+    """The plugin's node, None where the graph has none."""
+    return next((node for node in model.graph.node if node.op_type == PLUGIN), None)
+
+
+def ends_in_plugin(path: Path) -> bool:
+    """Whether an ONNX file has such a node.  What is no ONNX file has none: whoever loads it says so."""
+    try:
+        return plugin_of(onnx.load(path, load_external_data=False)) is not None
+    except (DecodeError, OSError):
+        return False
+
+
+def refuse_plugin(path: Path, purpose: str) -> Path:
+    """The path itself, of a file without the plugin.  Raises AlignError for another, with what it is of no use for."""
+    if ends_in_plugin(path):
+        raise AlignError(f"{path}: ends in {PLUGIN}: {purpose}", "give the file up to its NMS (head layout decoded)")
+    return path
+
+
+def attributes_of(node: NodeProto) -> dict[str, Any]:
+    """The attributes of a node by name."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def before_plugin(model: ModelProto, path: Path) -> ModelProto:
+    """A copy of a graph whose outputs are what the plugin reads, boxes and scores, and that ends there.
+
+    Args:
+        model: the graph.
+        path: its file, for errors.
+
+    Raises:
+        AlignError: for a node that is not one alone at the end, or lacks what `NEEDED` names.
+    """
+    cut = ModelProto()
+    cut.CopyFrom(model)
+    graph, node = cut.graph, plugin_of(cut)
+    assert node is not None
+    if reason := _unknown(cut, node):
+        raise AlignError(
+            f"{path}: holds {PLUGIN}, which only TensorRT runs, in a form that is unknown here: {reason}",
+            "export it up to its NMS (head layout decoded, yolov5 or yolov8), with ONNX's own NonMaxSuppression, or as "
+            "`align export --nms efficient_nms` does",
+        )
+    graph.node.remove(node)
+    del graph.output[:]
+    imports = [one for one in cut.opset_import if one.domain != node.domain or not node.domain]
+    del cut.opset_import[:]
+    cut.opset_import.extend(imports)
+    known = {value.name: value for value in onnx.shape_inference.infer_shapes(cut).graph.value_info}
+    for name in node.input:
+        value = known.get(name) or helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        graph.output.append(value)
+    return cut
+
+
+def _unknown(model: ModelProto, node: NodeProto) -> str:
+    """What is unknown of the node's form; empty where nothing is."""
+    read = {name for other in model.graph.node for name in other.input}
+    given = {output.name for output in model.graph.output}
+    missing = [name for name in NEEDED if name not in attributes_of(node)]
+    if sum(other.op_type.endswith("_TRT") for other in model.graph.node) > 1:
+        return "it is not the only plugin"
+    if len(node.input) != 2 or len(node.output) != 4:
+        return f"{len(node.input)} inputs and {len(node.output)} outputs, not 2 and 4"
+    if missing:
+        return f"no attribute {', '.join(missing)}"
+    if read & set(node.output) or not set(node.output) <= given:
+        return "its outputs are not those of the graph"
+    return ""

@@ -20,7 +20,8 @@ from alignment.data.samples import Samples
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.layers import mark_outputs
-from alignment.quantize.observers import Statistics, amax_of
+from alignment.quantize.observers import amax_of
+from alignment.quantize.statistics import Statistics
 from alignment.runners.base import cpu_threads
 from alignment.storage import locked, writing
 

@@ -1,4 +1,4 @@
-"""What range int8 is to represent of a tensor: statistics in one pass over the data, and the methods that read them.
+"""What range int8 is to represent of a tensor: the methods that read it from the statistics of its values.
 
 int8 is symmetric: a tensor's largest magnitude `amax` goes to 127, so that scale = amax / 127.  Activations are
 quantized to [-128, 127], weights to [-127, 127].
@@ -10,15 +10,11 @@ import math
 from collections.abc import Callable
 from typing import Literal, overload
 
-import cv2
 import numpy as np
 
 from alignment.errors import AlignError
+from alignment.quantize.statistics import BINS, Statistics
 
-#: Bins of a histogram for each sign.
-BINS = 4096
-#: Weight of an image in the moving average, as in torch's MovingAverageMinMaxObserver.
-AVERAGING = 0.01
 #: Of the magnitudes, how many in a hundred `percentile` keeps.
 PERCENTILE = 99.99
 #: Bins of the entropy method, and levels of int8 without its sign: as in TensorRT and pytorch-quantization.
@@ -29,139 +25,6 @@ _ROUNDING = 1e-11
 FRACTIONS = np.arange(16, 129) / np.float64(128)
 #: The least range of a weight's channel: at all of `FRACTIONS` its scale is a normal float32, as int8 needs it.
 _LEAST_RANGE = np.float32(1024 * np.finfo(np.float32).tiny)
-#: cv2.calcHist counts in float32, which is exact up to here.
-_PIECE = 1 << 24
-#: The least exponent of a bin's width: the inverse is within float32.
-_LEAST = -126
-#: Values that are worked on at once, so that they stay in a core's own cache.
-_CACHED = 1 << 15
-
-
-class Statistics:
-    """What a tensor's values are like, in constant memory however many there are.
-
-    The histogram has bins [k·2^e, (k+1)·2^e) for k from −`BINS` to `BINS` − 1, with the least e that holds all values
-    so far: when a larger one comes, bins are joined in pairs.  So it is the same, to the bit, in whatever order and
-    batches the values come.  The moving average depends on the order of the images, not on the batches.
-
-    Attributes:
-        elements: how many values were seen.
-        minimum, maximum: of all values; inf and −inf before the first.
-        average: moving average of each image's minimum and maximum.
-        channels: ``[C] float32``, the largest magnitude of each channel of ``[B, C, H, W]``, of others ``[1]``.
-        exponent: e.
-        counts: ``[2 * BINS] int64``.
-    """
-
-    def __init__(self) -> None:
-        self.elements = 0
-        self.minimum, self.maximum = math.inf, -math.inf
-        self.average: tuple[float, float] | None = None
-        self.channels: np.ndarray | None = None
-        self.exponent: int | None = None
-        self.counts = np.zeros(2 * BINS, np.int64)
-
-    @property
-    def amax(self) -> float:
-        """The largest magnitude; 0 before the first value."""
-        return max(abs(self.minimum), abs(self.maximum)) if self.elements else 0.0
-
-    def add(self, values: np.ndarray) -> None:
-        """Adds ``[B, ...] float32``, B images.  Raises ValueError for values that are not finite."""
-        if not values.size:
-            return
-        rows = values.shape[1] if values.ndim == 4 else 1
-        for image in values.reshape(len(values), rows, -1) if values.ndim else values.reshape(1, 1, 1):
-            self._add_image(image)
-
-    def _add_image(self, image: np.ndarray) -> None:
-        lows, highs = image.min(1), image.max(1)
-        low, high = float(lows.min()) + 0.0, float(highs.max()) + 0.0  # -0 becomes 0: else it is as the order has it
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("holds values that are not finite")
-        if self.average is None:
-            self.average = (low, high)
-        else:
-            before_low, before_high = self.average
-            self.average = before_low + AVERAGING * (low - before_low), before_high + AVERAGING * (high - before_high)
-        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        magnitudes = np.maximum(np.abs(lows), np.abs(highs))
-        self.channels = magnitudes if self.channels is None else np.maximum(self.channels, magnitudes)
-        values = image.reshape(-1)
-        self.elements += values.size
-        if self.amax > 0:
-            self._widen(max(math.frexp(self.amax)[1] - int(math.log2(BINS)), _LEAST))
-            for start in range(0, values.size, _PIECE):
-                self._count(values[start : start + _PIECE])
-        else:
-            self.counts[BINS] += values.size  # nothing but zeros: they are in bin 0, whatever its width
-
-    def _widen(self, exponent: int) -> None:
-        """Joins bins until they are 2^exponent wide."""
-        if self.exponent is None:
-            self.exponent = exponent
-        while self.exponent < exponent:
-            pairs = self.counts.reshape(BINS, 2).sum(1)
-            self.counts[:] = 0
-            self.counts[BINS // 2 : BINS // 2 + BINS] = pairs
-            self.exponent += 1
-
-    def _count(self, values: np.ndarray) -> None:
-        assert self.exponent is not None
-        factor = np.float32(2.0**-self.exponent)  # a power of two: the product is exact, or less than float32 has
-        index = np.empty(values.size, np.int16)
-        bins = np.empty(min(values.size, _CACHED), np.float32)
-        for start in range(0, values.size, _CACHED):
-            bins = bins[: values.size - start]
-            part = values[start : start + _CACHED]
-            np.multiply(part, factor, out=bins)
-            np.floor(bins, out=bins)
-            if self.exponent > 0:  # there a product may become -0
-                np.minimum(bins, -1, out=bins, where=part < 0)
-            np.copyto(index[start : start + _CACHED], bins, casting="unsafe")
-        index += BINS
-        # One row: OpenCV counts a column at half the speed.
-        found = cv2.calcHist([index.view(np.uint16).reshape(1, -1)], [0], None, [2 * BINS], [0, 2 * BINS])
-        self.counts += found.ravel().astype(np.int64)
-
-    def magnitudes(self) -> tuple[np.ndarray, float]:
-        """``[n] float64`` counts of |x| in bins from 0 on, the last of which is not empty, and the width of a bin."""
-        both = self.counts[BINS:] + self.counts[:BINS][::-1]
-        filled = np.flatnonzero(both)
-        return both[: filled[-1] + 1 if len(filled) else 0].astype(np.float64), self.width
-
-    @property
-    def width(self) -> float:
-        """Of a bin."""
-        return math.ldexp(1.0, self.exponent or 0)
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """What `from_arrays` takes."""
-        exponent = [] if self.exponent is None else [self.exponent]
-        return {
-            "elements": np.array(self.elements, np.int64),
-            "range": np.array([self.minimum, self.maximum]),
-            "average": np.array(self.average or []),
-            "channels": np.zeros(0, np.float32) if self.channels is None else self.channels,
-            "exponent": np.array(exponent, np.int64),
-            "counts": self.counts,
-        }
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Statistics:
-        """The statistics that `to_arrays` wrote.  Raises KeyError or ValueError for others."""
-        found = cls()
-        found.elements = int(arrays["elements"])
-        found.minimum, found.maximum = map(float, arrays["range"])
-        if len(arrays["average"]):
-            low, high = map(float, arrays["average"])
-            found.average = (low, high)
-        found.channels = arrays["channels"] if len(arrays["channels"]) else None
-        found.exponent = int(arrays["exponent"][0]) if len(arrays["exponent"]) else None
-        if arrays["counts"].shape != (2 * BINS,):
-            raise ValueError(f"a histogram of {arrays['counts'].shape} bins")
-        found.counts = arrays["counts"].astype(np.int64)
-        return found
 
 
 def minmax(statistics: Statistics) -> float:

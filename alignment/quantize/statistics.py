@@ -118,7 +118,7 @@ class Statistics:
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Statistics:
         """The statistics that `to_arrays` wrote.  Raises KeyError or ValueError for others."""
         found = cls()
-        found.elements = int(arrays["elements"])
+        found.elements = int(arrays["elements"].item())
         found.minimum, found.maximum = map(float, arrays["range"])
         if len(arrays["average"]):
             low, high = map(float, arrays["average"])

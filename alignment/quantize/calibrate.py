@@ -276,8 +276,9 @@ def _session(model: onnx.ModelProto, path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = cpu_threads() or 0
-    # Its threads would go on waiting for work while ours have some.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Threads that spin while they wait would take the processor from those that have work: ours, and others' on a
+    # machine that is shared.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has one exception type for each status code

@@ -6,8 +6,10 @@ quantized to [-128, 127], weights to [-127, 127].
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
 from typing import Literal, overload
 
 import numpy as np
@@ -19,6 +21,8 @@ from alignment.quantize.statistics import BINS, Statistics
 PERCENTILE = 99.99
 #: Bins of the entropy method, and levels of int8 without its sign: as in TensorRT and pytorch-quantization.
 ENTROPY_BINS, LEVELS = 2048, 128
+#: Ranges that the search of `histogram` looks at together.
+_AT_ONCE = 16
 #: Divergences that are nearer to each other than this are equal: sums over 10^10 values leave less.
 _ROUNDING = 1e-11
 #: Ranges that the mse methods try, as fractions of the largest magnitude.
@@ -121,57 +125,78 @@ def histogram(statistics: Statistics) -> float:
     """
     filled = np.flatnonzero(statistics.counts)
     first, last = int(filled[0]), int(filled[-1])
-    counts = statistics.counts[first : last + 1].astype(np.float64)
-    start, end = _shrunk(counts)
+    start, end = _shrunk(statistics.counts[first : last + 1])
     low, high = ((first + index - BINS) * statistics.width for index in (start, end + 1))
     return min(max(abs(low), abs(high)), statistics.amax)
 
 
-def _shrunk(counts: np.ndarray, step: float = 1e-5) -> tuple[int, int]:
-    """The first and last bin of the range that torch's ``_non_linear_param_search`` ends at."""
-    cumulated = np.cumsum(counts)
-    total = cumulated[-1]
+def _shrunk(counts: np.ndarray) -> tuple[int, int]:
+    """The first and last bin of the range that torch's ``_non_linear_param_search`` ends at: the last before the error
+    rises."""
+    spread = _Spread(counts)
+    path = _inwards(counts)
+    best, least = (0, len(counts) - 1), math.inf
+    while ranges := list(itertools.islice(path, _AT_ONCE)):
+        for following, error in zip(ranges, spread.errors(np.array(ranges)), strict=True):
+            if error > least:
+                return best
+            best, least = following, error
+    return best
+
+
+def _inwards(counts: np.ndarray, step: float = 1e-5) -> Iterator[tuple[int, int]]:
+    """The ranges that torch's search goes through, if it is not stopped."""
+    cumulated = np.cumsum(counts).tolist()  # bisect is 20 times as fast on a list
+    total = float(cumulated[-1])
     start, end = 0, len(counts) - 1
-    alpha, beta, least = 0.0, 1.0, math.inf
-    while alpha < beta and start < end:
-        left = max(start, min(end, int(np.searchsorted(cumulated, (alpha + step) * total))))
-        right = min(end, max(start, int(np.searchsorted(cumulated, (beta - step) * total, side="right")) - 1))
-        following = (start, end)
-        if left - start > end - right:
-            following, alpha = (left, end), alpha + step
+    alpha, beta = step, 1.0 - step
+    left, right = bisect_left(cumulated, alpha * total), bisect_right(cumulated, beta * total) - 1
+    while alpha - step < beta + step and start < end:
+        low, high = max(start, min(end, left)), min(end, max(start, right))
+        following = (start, high)
+        if low - start > end - high:
+            following, alpha = (low, end), alpha + step
+            left = bisect_left(cumulated, alpha * total)
         else:
-            following, beta = (start, right), beta - step
-        if following == (start, end):
-            continue
-        error = _spread_error(counts, *following)
-        if error > least:
-            break
-        least, (start, end) = error, following
-    return start, end
+            beta -= step
+            right = bisect_right(cumulated, beta * total) - 1
+        if following != (start, end):
+            start, end = following
+            yield following
 
 
-def _spread_error(counts: np.ndarray, start: int, end: int) -> float:
-    """The squared error of 256 even levels over the bins `start` to `end`, in units of a bin's width squared.
+class _Spread:
+    """The squared error of 256 even levels over some of the bins, in units of a bin's width squared.
 
     As torch's ``_compute_quantization_error``: values are spread evenly over their bins, and those outside go to the
-    nearest level.
+    nearest level.  A bin is first taken to belong to the level that it begins in.  Its part beyond an edge, τ wide, is
+    then nearer to the next middle, which is 2m on: ∫ (t − m)² − (t + m)² dt from 0 to τ = −2mτ².
+
+    Sums over a level's bins are differences of cumulated integers, from a bin of the level on: so they are exact.
     """
-    wide = (end - start + 1) / 256
-    begins = np.arange(len(counts)) - float(start)
-    ends = begins + 1
-    first = np.clip(np.floor_divide(begins, wide), 0, 255)
-    last = np.clip(np.floor_divide(ends, wide), 0, 255)
-    middle = wide / 2
 
-    def cubes(begin: np.ndarray, end: np.ndarray | float) -> np.ndarray:
-        return (np.asarray(end) ** 3 - begin**3) / 3
+    def __init__(self, counts: np.ndarray) -> None:
+        self.counts = counts
+        index = np.arange(len(counts))
+        self.sums = [np.append(0, np.cumsum(counts * index**power)) for power in range(3)]
 
-    one = first == last
-    whole = cubes(begins - (first * wide + middle), ends - (first * wide + middle))
-    head = cubes(begins - (first * wide + middle), np.full(len(counts), middle))
-    body = (last - first - 1) * cubes(np.array(-middle), middle)
-    tail = cubes(np.full(len(counts), -middle), ends - (last * wide + middle))
-    return float((counts * np.where(one, whole, head + body + tail)).sum())
+    def errors(self, ranges: np.ndarray) -> np.ndarray:
+        """``[N] float64`` of ``[N, 2]``, first and last bins."""
+        start, end = ranges[:, :1], ranges[:, 1:]
+        wide = (end - start + 1) / 256
+        edges = wide * np.arange(1, 256)
+        inner = np.ceil(edges).astype(np.int64)
+        ends = np.zeros_like(start), np.full_like(start, len(self.counts))
+        bounds = np.concatenate([ends[0], start + inner, ends[1]], axis=1)
+        zeroth, first, second = (np.diff(sums[bounds], axis=1) for sums in self.sums)
+        base = np.concatenate([start, start + inner], axis=1)
+        # Of the distance of a bin's lower edge from `base`, and from there to the level's middle.
+        second = second - 2 * base * first + base**2 * zeroth
+        first = first - base * zeroth
+        shift = base - start - wide * (np.arange(256) + 0.5)
+        whole = second + (2 * shift + 1) * first + (shift * (shift + 1) + 1 / 3) * zeroth
+        beyond = self.counts[start + inner - 1] * (inner - edges) ** 2
+        return np.asarray(whole.sum(1) - wide[:, 0] * beyond.sum(1))
 
 
 METHODS: dict[str, Callable[[Statistics], float]] = {

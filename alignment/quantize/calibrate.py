@@ -21,6 +21,7 @@ from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.layers import mark_outputs
 from alignment.quantize.observers import amax_of
+from alignment.quantize.sharing import shared
 from alignment.quantize.statistics import Statistics
 from alignment.runners.base import cpu_threads
 from alignment.storage import locked, writing
@@ -175,7 +176,11 @@ def _observe(
     graph = onnx.load(model)
     names = activations(graph)
     batch = _possible_batch(graph, batch, model)
-    network = _Observed(graph, names, model)
+    image = _image_shape(graph)
+    # A batch that no other axis is likely to have, so that axes of images are told from others.
+    prime = 10_007 if image and not graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value else 1
+    joined = shared(graph, names, _shapes(graph, names, (prime, *image)) if image else {}, prime)
+    network = _Observed(graph, [name for name in names if name not in joined], model)
     todo = samples.dataset.images[found.images :]
     saved = found.images
     with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(1) as ahead:
@@ -189,12 +194,18 @@ def _observe(
             if start + batch < len(todo):
                 following = ahead.submit(loaded, start + batch)
             # Big ones first: the threads then end together.
-            values = sorted(zip(names, network.run(tensor), strict=True), key=lambda one: -one[1].size)
+            values = sorted(network.run(tensor).items(), key=lambda one: -one[1].size)
             for name in names:
                 found.tensors.setdefault(name, Statistics())
-            list(pool.map(lambda one: _add(found.tensors[one[0]], one[0], one[1]), values))
+            ranges = dict(pool.map(lambda one: (one[0], _add(found.tensors[one[0]], *one)), values))
+            for name, whole in joined.items():
+                ranges[name] = whole.ranges(ranges)
+                for low, high in ranges[name]:
+                    found.tensors[name].add_range(low, high)
             found.images += len(tensor)
             if found.images - saved >= SAVE_EVERY or found.images == len(samples):
+                for name, whole in joined.items():
+                    whole.join(found.tensors[name], found.tensors)
                 found.save(path)
                 saved = found.images
             if progress:
@@ -210,32 +221,32 @@ def _possible_batch(graph: onnx.ModelProto, batch: int, path: Path) -> int:
     return fixed or batch
 
 
-def _add(statistics: Statistics, name: str, values: np.ndarray) -> None:
+def _add(statistics: Statistics, name: str, values: np.ndarray) -> list[tuple[float, float]]:
     try:
-        statistics.add(values)
+        return statistics.add(values)
     except ValueError as error:
         raise AlignError(f"tensor {name}: {error}", "run `align layers` on this model: it finds the node") from None
 
 
 class _Observed:
-    """A graph in ONNX Runtime that gives every activation tensor.
+    """A graph in ONNX Runtime that gives some of its tensors, the input first.
 
     Tensors whose shapes are known beforehand are written by the last nodes' kernels to memory that is kept: fresh
     memory, and a copy to it, would take as long as the network itself.
     """
 
     def __init__(self, graph: onnx.ModelProto, names: list[str], path: Path) -> None:
-        self.image, *self.others = names
-        self._graph = mark_outputs(graph, self.others)
-        self._session = _session(self._graph, path)
+        self.image, self._graph = graph.graph.input[0].name, graph
+        self.others = [name for name in names if name != self.image]
+        self._session = _session(mark_outputs(graph, self.others), path)
         self._kept: dict[str, np.ndarray] = {}
         self._shape: tuple[int, ...] = ()
 
-    def run(self, batch: np.ndarray) -> list[np.ndarray]:
-        """All tensors, the input first; the next call writes over them."""
+    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """All tensors; the next call writes over them."""
         if batch.shape != self._shape:
             self._shape, self._kept = batch.shape, {}
-            shapes = _shapes(self._graph, batch.shape)
+            shapes = _shapes(self._graph, self.others, batch.shape)
             self._kept = {name: np.empty(shapes[name], np.float32) for name in self.others if name in shapes}
         binding = self._session.io_binding()
         binding.bind_cpu_input(self.image, batch)
@@ -247,27 +258,34 @@ class _Observed:
                 binding.bind_output(name, "cpu", 0, np.float32, kept.shape, kept.ctypes.data)
         self._session.run_with_iobinding(binding)
         found = zip(self.others, binding.get_outputs(), strict=True)
-        return [batch, *(self._kept[name] if name in self._kept else value.numpy() for name, value in found)]
+        values = {name: self._kept[name] if name in self._kept else value.numpy() for name, value in found}
+        return {self.image: batch, **values}
 
 
-def _shapes(graph: onnx.ModelProto, batch: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Of the outputs, where the input's decides them."""
+def _image_shape(graph: onnx.ModelProto) -> tuple[int, ...]:
+    """``(3, H, W)``; empty where the graph leaves one of them open."""
+    sizes = tuple(dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim)[1:]
+    return sizes if all(sizes) else ()
+
+
+def _shapes(graph: onnx.ModelProto, names: list[str], batch: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Of those tensors whose shape follows from the input's."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(graph)
+    # What is written there may be of another batch, and would be believed.
     del fixed.graph.value_info[:]
-    for dim, size in zip(fixed.graph.input[0].type.tensor_type.shape.dim, batch, strict=True):
-        dim.dim_value = size
     for output in fixed.graph.output:
         output.type.tensor_type.ClearField("shape")
-    inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph.output
-    dims = {
-        value.name: value.type.tensor_type.shape.dim for value in inferred if value.type.tensor_type.HasField("shape")
-    }
-    return {
-        name: tuple(dim.dim_value for dim in found)
-        for name, found in dims.items()
-        if all(dim.dim_value for dim in found)
-    }
+    for dim, size in zip(fixed.graph.input[0].type.tensor_type.shape.dim, batch, strict=False):
+        dim.dim_value = size
+    inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
+    found = {}
+    for value in (*inferred.value_info, *inferred.output, *inferred.input):
+        tensor = value.type.tensor_type
+        dims = tuple(dim.dim_value for dim in tensor.shape.dim)
+        if tensor.HasField("shape") and all(dims):
+            found[value.name] = dims
+    return {name: found[name] for name in names if name in found}
 
 
 def _session(model: onnx.ModelProto, path: Path) -> Any:

@@ -49,37 +49,63 @@ class Statistics:
         """The largest magnitude; 0 before the first value."""
         return max(abs(self.minimum), abs(self.maximum)) if self.elements else 0.0
 
-    def add(self, values: np.ndarray) -> None:
-        """Adds ``[B, ...] float32``, B images.  Raises ValueError for values that are not finite."""
-        if not values.size:
-            return
-        rows = values.shape[1] if values.ndim == 4 else 1
-        for image in values.reshape(len(values), rows, -1) if values.ndim else values.reshape(1, 1, 1):
-            self._add_image(image)
+    def add(self, values: np.ndarray) -> list[tuple[float, float]]:
+        """Adds ``[B, ...] float32``, B images.
 
-    def _add_image(self, image: np.ndarray) -> None:
+        Returns:
+            The least and the largest value of each image, where it has any.
+
+        Raises:
+            ValueError: for values that are not finite.
+        """
+        if not values.size:
+            return []
+        rows = values.shape[1] if values.ndim == 4 else 1
+        images = values.reshape(len(values), rows, -1) if values.ndim else values.reshape(1, 1, 1)
+        return [self._add_image(image) for image in images]
+
+    def join(self, parts: list[Statistics], channels: np.ndarray) -> None:
+        """Becomes what it would be had it seen the values of all `parts`; but for the average, see `add_range`."""
+        self.elements = sum(part.elements for part in parts)
+        self.minimum, self.maximum = min(p.minimum for p in parts), max(p.maximum for p in parts)
+        self.channels = channels
+        self.exponent = max((part.exponent for part in parts if part.exponent is not None), default=None)
+        self.counts = np.zeros(2 * BINS, np.int64)
+        for part in parts:
+            widened = Statistics()
+            widened.exponent, widened.counts = part.exponent, part.counts.copy()
+            if part.exponent is not None and self.exponent is not None:
+                widened._widen(self.exponent)
+            self.counts += widened.counts
+
+    def add_range(self, low: float, high: float) -> None:
+        """Moves the average by an image with these ends."""
+        if self.average is None:
+            self.average = (low, high)
+        else:
+            before_low, before_high = self.average
+            self.average = before_low + AVERAGING * (low - before_low), before_high + AVERAGING * (high - before_high)
+
+    def _add_image(self, image: np.ndarray) -> tuple[float, float]:
         """Adds ``[C, n]``.  One pass, unless the image has values that the ones before it gave no reason to expect."""
         exponent, signed = self.exponent, self.minimum < 0
         lows, highs, counts = _observed(image, exponent, signed)
         low, high = float(lows.min()) + 0.0, float(highs.max()) + 0.0  # -0 becomes 0: else it is as the order has it
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("holds values that are not finite")
-        if self.average is None:
-            self.average = (low, high)
-        else:
-            before_low, before_high = self.average
-            self.average = before_low + AVERAGING * (low - before_low), before_high + AVERAGING * (high - before_high)
+        self.add_range(low, high)
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         magnitudes = np.maximum(np.abs(lows), np.abs(highs))
         self.channels = magnitudes if self.channels is None else np.maximum(self.channels, magnitudes)
         self.elements += image.size
         if not self.amax:
             self.counts[BINS] += image.size  # nothing but zeros: they are in bin 0, whatever its width
-            return
+            return low, high
         self._widen(max(math.frexp(self.amax)[1] - int(math.log2(BINS)), _LEAST))
         if self.exponent != exponent or signed != (self.minimum < 0):
             counts = _observed(image, self.exponent, self.minimum < 0)[2]
         self.counts += counts
+        return low, high
 
     def _widen(self, exponent: int) -> None:
         """Joins bins until they are 2^exponent wide."""

@@ -25,9 +25,10 @@ from alignment.export.onnx_export import exported
 from alignment.quantize import calibrate as module
 from alignment.quantize import recipe
 from alignment.quantize.calibrate import Calibration, activations, calibrate, identity_of
-from alignment.quantize.observers import METHODS, Statistics
+from alignment.quantize.observers import METHODS
 from alignment.quantize.placement import POLICIES
 from alignment.quantize.qdq import fake_quantizers
+from alignment.quantize.statistics import Statistics
 from alignment.variant import load_variant, with_quantization
 
 pytest.importorskip("onnxruntime")

@@ -14,21 +14,19 @@ from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper
 
 from alignment.errors import AlignError
-from alignment.quantize import observers
 from alignment.quantize.observers import (
-    BINS,
     ENTROPY_BINS,
     FRACTIONS,
     LEVELS,
     METHODS,
     PERCENTILE,
-    Statistics,
     amax_of,
     fake_quantize,
     scale_of,
     squared_error,
     weight_amax,
 )
+from alignment.quantize.statistics import AVERAGING, BINS, Statistics
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 #: Of like size: hardly any two of `FINITE` are.
@@ -97,10 +95,10 @@ def test_every_value_is_in_the_bin_that_exact_arithmetic_finds(images):
     np.testing.assert_array_equal(statistics.counts, expected)
 
 
-@pytest.mark.parametrize("piece", [1 << 24, 40_000])
-def test_long_tensors_are_counted_whole(piece, monkeypatch):
-    monkeypatch.setattr(observers, "_PIECE", piece)
-    values = np.random.default_rng(1).normal(size=(1, 100_003)).astype(np.float32)
+@pytest.mark.parametrize("shape", [(1, 1_200_007), (1, 3, 700, 701), (2, 1_000_003, 1, 1), (1, 400_000, 1, 3)])
+def test_long_tensors_are_counted_whole(shape):
+    """Whatever the rows and pieces that they are counted in."""
+    values = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     statistics = observed(values)
     bins = np.floor(values.ravel() / np.float64(statistics.width)).astype(int) + BINS
     np.testing.assert_array_equal(statistics.counts, np.bincount(bins, minlength=2 * BINS))
@@ -130,7 +128,7 @@ def test_range_and_channels_are_those_of_the_values(name):
 
 def test_the_moving_average_is_torchs_image_by_image():
     torch = pytest.importorskip("torch")
-    observer = torch.ao.quantization.MovingAverageMinMaxObserver(averaging_constant=observers.AVERAGING)
+    observer = torch.ao.quantization.MovingAverageMinMaxObserver(averaging_constant=AVERAGING)
     values = samples("gaussian")
     for image in values:
         observer(torch.from_numpy(image))

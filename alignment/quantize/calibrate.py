@@ -20,14 +20,16 @@ from alignment.data.samples import Samples
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.layers import mark_outputs
-from alignment.quantize.observers import Statistics, amax_of
+from alignment.quantize.observers import amax_of
+from alignment.quantize.sharing import shared
+from alignment.quantize.statistics import Statistics
 from alignment.runners.base import cpu_threads
 from alignment.storage import locked, writing
 
 #: Images between two writes of what was seen so far.
-SAVE_EVERY = 16
-#: Raise it when `Statistics` come to hold something else.
-STATISTICS = 2
+SAVE_EVERY = 32
+#: Raise it when `Statistics` come to hold something else, or files to be laid out in another way.
+STATISTICS = 3
 _THREADS = 2
 
 
@@ -50,13 +52,22 @@ class Calibration:
         return {name: amax_of(statistics, method) for name, statistics in self.tensors.items()}
 
     def save(self, path: Path) -> None:
-        """Writes an ``.npz`` that `load` reads."""
+        """Writes an ``.npz`` that `load` reads.
+
+        Arrays of all tensors are joined, and not compressed: 1600 small ones, or zlib, would take as long as some
+        images.
+        """
+        columns: dict[str, list[np.ndarray]] = {}
+        for statistics in self.tensors.values():
+            for key, array in statistics.to_arrays().items():
+                columns.setdefault(key, []).append(array.reshape(-1))
         about = {"identity": self.identity, "images": self.images, "tensors": list(self.tensors)}
         arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
-        for index, statistics in enumerate(self.tensors.values()):
-            arrays |= {f"{index}/{key}": array for key, array in statistics.to_arrays().items()}
+        for key, column in columns.items():
+            arrays[key] = np.concatenate(column)
+            arrays[f"{key}/lengths"] = np.array([len(array) for array in column])
         with writing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -65,11 +76,15 @@ class Calibration:
             with np.load(path) as file:
                 arrays = dict(file)
             about = json.loads(arrays.pop("about").tobytes())
-            parts: dict[int, dict[str, np.ndarray]] = {}
-            for name, array in arrays.items():
-                index, key = name.split("/")
-                parts.setdefault(int(index), {})[key] = array
-            tensors = {name: Statistics.from_arrays(parts[i]) for i, name in enumerate(about["tensors"])}
+            parts: dict[str, list[np.ndarray]] = {
+                key: np.split(array, np.cumsum(arrays[f"{key}/lengths"])[:-1])
+                for key, array in arrays.items()
+                if not key.endswith("/lengths")
+            }
+            tensors = {
+                name: Statistics.from_arrays({key: column[index] for key, column in parts.items()})
+                for index, name in enumerate(about["tensors"])
+            }
             return cls(about["identity"], int(about["images"]), tensors)
         except OSError as error:
             raise AlignError(f"{path}: {error.strerror or error}", "delete it, and calibrate anew") from None
@@ -160,9 +175,12 @@ def _observe(
 ) -> None:
     graph = onnx.load(model)
     names = activations(graph)
-    image, *others = names
     batch = _possible_batch(graph, batch, model)
-    session = _session(mark_outputs(graph, others), model)
+    image = _image_shape(graph)
+    # A batch that no other axis is likely to have, so that axes of images are told from others.
+    prime = 10_007 if image and not graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value else 1
+    joined = shared(graph, names, _shapes(graph, names, (prime, *image)) if image else {}, prime)
+    network = _Observed(graph, [name for name in names if name not in joined], model)
     todo = samples.dataset.images[found.images :]
     saved = found.images
     with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(1) as ahead:
@@ -175,14 +193,19 @@ def _observe(
             tensor = following.result()
             if start + batch < len(todo):
                 following = ahead.submit(loaded, start + batch)
-            outputs = session.run(others, {image: tensor})
             # Big ones first: the threads then end together.
-            values = sorted(zip(names, [tensor, *outputs], strict=True), key=lambda one: -one[1].size)
+            values = sorted(network.run(tensor).items(), key=lambda one: -one[1].size)
             for name in names:
                 found.tensors.setdefault(name, Statistics())
-            list(pool.map(lambda one: _add(found.tensors[one[0]], one[0], one[1]), values))
+            ranges = dict(pool.map(lambda one: (one[0], _add(found.tensors[one[0]], *one)), values))
+            for name, whole in joined.items():
+                ranges[name] = whole.ranges(ranges)
+                for low, high in ranges[name]:
+                    found.tensors[name].add_range(low, high)
             found.images += len(tensor)
             if found.images - saved >= SAVE_EVERY or found.images == len(samples):
+                for name, whole in joined.items():
+                    whole.join(found.tensors[name], found.tensors)
                 found.save(path)
                 saved = found.images
             if progress:
@@ -198,11 +221,71 @@ def _possible_batch(graph: onnx.ModelProto, batch: int, path: Path) -> int:
     return fixed or batch
 
 
-def _add(statistics: Statistics, name: str, values: np.ndarray) -> None:
+def _add(statistics: Statistics, name: str, values: np.ndarray) -> list[tuple[float, float]]:
     try:
-        statistics.add(values)
+        return statistics.add(values)
     except ValueError as error:
         raise AlignError(f"tensor {name}: {error}", "run `align layers` on this model: it finds the node") from None
+
+
+class _Observed:
+    """A graph in ONNX Runtime that gives some of its tensors, the input first.
+
+    Tensors whose shapes are known beforehand are written by the last nodes' kernels to memory that is kept: fresh
+    memory, and a copy to it, would take as long as the network itself.
+    """
+
+    def __init__(self, graph: onnx.ModelProto, names: list[str], path: Path) -> None:
+        self.image, self._graph = graph.graph.input[0].name, graph
+        self.others = [name for name in names if name != self.image]
+        self._session = _session(mark_outputs(graph, self.others), path)
+        self._kept: dict[str, np.ndarray] = {}
+        self._shape: tuple[int, ...] = ()
+
+    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """All tensors; the next call writes over them."""
+        if batch.shape != self._shape:
+            self._shape, self._kept = batch.shape, {}
+            shapes = _shapes(self._graph, self.others, batch.shape)
+            self._kept = {name: np.empty(shapes[name], np.float32) for name in self.others if name in shapes}
+        binding = self._session.io_binding()
+        binding.bind_cpu_input(self.image, batch)
+        for name in self.others:
+            kept = self._kept.get(name)
+            if kept is None:
+                binding.bind_output(name)
+            else:
+                binding.bind_output(name, "cpu", 0, np.float32, kept.shape, kept.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        found = zip(self.others, binding.get_outputs(), strict=True)
+        values = {name: self._kept[name] if name in self._kept else value.numpy() for name, value in found}
+        return {self.image: batch, **values}
+
+
+def _image_shape(graph: onnx.ModelProto) -> tuple[int, ...]:
+    """``(3, H, W)``; empty where the graph leaves one of them open."""
+    sizes = tuple(dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim)[1:]
+    return sizes if all(sizes) else ()
+
+
+def _shapes(graph: onnx.ModelProto, names: list[str], batch: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Of those tensors whose shape follows from the input's."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(graph)
+    # What is written there may be of another batch, and would be believed.
+    del fixed.graph.value_info[:]
+    for output in fixed.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    for dim, size in zip(fixed.graph.input[0].type.tensor_type.shape.dim, batch, strict=False):
+        dim.dim_value = size
+    inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
+    found = {}
+    for value in (*inferred.value_info, *inferred.output, *inferred.input):
+        tensor = value.type.tensor_type
+        dims = tuple(dim.dim_value for dim in tensor.shape.dim)
+        if tensor.HasField("shape") and all(dims):
+            found[value.name] = dims
+    return {name: found[name] for name in names if name in found}
 
 
 def _session(model: onnx.ModelProto, path: Path) -> Any:
@@ -211,6 +294,9 @@ def _session(model: onnx.ModelProto, path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = cpu_threads() or 0
+    # Threads that spin while they wait would take the processor from those that have work: ours, and others' on a
+    # machine that is shared.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has one exception type for each status code

@@ -1,4 +1,4 @@
-"""What range int8 is to represent of a tensor: statistics in one pass over the data, and the methods that read them.
+"""What range int8 is to represent of a tensor: the methods that read it from the statistics of its values.
 
 int8 is symmetric: a tensor's largest magnitude `amax` goes to 127, so that scale = amax / 127.  Activations are
 quantized to [-128, 127], weights to [-127, 127].
@@ -6,162 +6,29 @@ quantized to [-128, 127], weights to [-127, 127].
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
 from typing import Literal, overload
 
-import cv2
 import numpy as np
 
 from alignment.errors import AlignError
+from alignment.quantize.statistics import BINS, Statistics
 
-#: Bins of a histogram for each sign.
-BINS = 4096
-#: Weight of an image in the moving average, as in torch's MovingAverageMinMaxObserver.
-AVERAGING = 0.01
 #: Of the magnitudes, how many in a hundred `percentile` keeps.
 PERCENTILE = 99.99
 #: Bins of the entropy method, and levels of int8 without its sign: as in TensorRT and pytorch-quantization.
 ENTROPY_BINS, LEVELS = 2048, 128
+#: Ranges that the search of `histogram` looks at together.
+_AT_ONCE = 16
 #: Divergences that are nearer to each other than this are equal: sums over 10^10 values leave less.
 _ROUNDING = 1e-11
 #: Ranges that the mse methods try, as fractions of the largest magnitude.
 FRACTIONS = np.arange(16, 129) / np.float64(128)
 #: The least range of a weight's channel: at all of `FRACTIONS` its scale is a normal float32, as int8 needs it.
 _LEAST_RANGE = np.float32(1024 * np.finfo(np.float32).tiny)
-#: cv2.calcHist counts in float32, which is exact up to here.
-_PIECE = 1 << 24
-#: The least exponent of a bin's width: the inverse is within float32.
-_LEAST = -126
-#: Values that are worked on at once, so that they stay in a core's own cache.
-_CACHED = 1 << 15
-
-
-class Statistics:
-    """What a tensor's values are like, in constant memory however many there are.
-
-    The histogram has bins [k·2^e, (k+1)·2^e) for k from −`BINS` to `BINS` − 1, with the least e that holds all values
-    so far: when a larger one comes, bins are joined in pairs.  So it is the same, to the bit, in whatever order and
-    batches the values come.  The moving average depends on the order of the images, not on the batches.
-
-    Attributes:
-        elements: how many values were seen.
-        minimum, maximum: of all values; inf and −inf before the first.
-        average: moving average of each image's minimum and maximum.
-        channels: ``[C] float32``, the largest magnitude of each channel of ``[B, C, H, W]``, of others ``[1]``.
-        exponent: e.
-        counts: ``[2 * BINS] int64``.
-    """
-
-    def __init__(self) -> None:
-        self.elements = 0
-        self.minimum, self.maximum = math.inf, -math.inf
-        self.average: tuple[float, float] | None = None
-        self.channels: np.ndarray | None = None
-        self.exponent: int | None = None
-        self.counts = np.zeros(2 * BINS, np.int64)
-
-    @property
-    def amax(self) -> float:
-        """The largest magnitude; 0 before the first value."""
-        return max(abs(self.minimum), abs(self.maximum)) if self.elements else 0.0
-
-    def add(self, values: np.ndarray) -> None:
-        """Adds ``[B, ...] float32``, B images.  Raises ValueError for values that are not finite."""
-        if not values.size:
-            return
-        rows = values.shape[1] if values.ndim == 4 else 1
-        for image in values.reshape(len(values), rows, -1) if values.ndim else values.reshape(1, 1, 1):
-            self._add_image(image)
-
-    def _add_image(self, image: np.ndarray) -> None:
-        lows, highs = image.min(1), image.max(1)
-        low, high = float(lows.min()) + 0.0, float(highs.max()) + 0.0  # -0 becomes 0: else it is as the order has it
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("holds values that are not finite")
-        if self.average is None:
-            self.average = (low, high)
-        else:
-            before_low, before_high = self.average
-            self.average = before_low + AVERAGING * (low - before_low), before_high + AVERAGING * (high - before_high)
-        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        magnitudes = np.maximum(np.abs(lows), np.abs(highs))
-        self.channels = magnitudes if self.channels is None else np.maximum(self.channels, magnitudes)
-        values = image.reshape(-1)
-        self.elements += values.size
-        if self.amax > 0:
-            self._widen(max(math.frexp(self.amax)[1] - int(math.log2(BINS)), _LEAST))
-            for start in range(0, values.size, _PIECE):
-                self._count(values[start : start + _PIECE])
-        else:
-            self.counts[BINS] += values.size  # nothing but zeros: they are in bin 0, whatever its width
-
-    def _widen(self, exponent: int) -> None:
-        """Joins bins until they are 2^exponent wide."""
-        if self.exponent is None:
-            self.exponent = exponent
-        while self.exponent < exponent:
-            pairs = self.counts.reshape(BINS, 2).sum(1)
-            self.counts[:] = 0
-            self.counts[BINS // 2 : BINS // 2 + BINS] = pairs
-            self.exponent += 1
-
-    def _count(self, values: np.ndarray) -> None:
-        assert self.exponent is not None
-        factor = np.float32(2.0**-self.exponent)  # a power of two: the product is exact, or less than float32 has
-        index = np.empty(values.size, np.int16)
-        bins = np.empty(min(values.size, _CACHED), np.float32)
-        for start in range(0, values.size, _CACHED):
-            bins = bins[: values.size - start]
-            part = values[start : start + _CACHED]
-            np.multiply(part, factor, out=bins)
-            np.floor(bins, out=bins)
-            if self.exponent > 0:  # there a product may become -0
-                np.minimum(bins, -1, out=bins, where=part < 0)
-            np.copyto(index[start : start + _CACHED], bins, casting="unsafe")
-        index += BINS
-        # One row: OpenCV counts a column at half the speed.
-        found = cv2.calcHist([index.view(np.uint16).reshape(1, -1)], [0], None, [2 * BINS], [0, 2 * BINS])
-        self.counts += found.ravel().astype(np.int64)
-
-    def magnitudes(self) -> tuple[np.ndarray, float]:
-        """``[n] float64`` counts of |x| in bins from 0 on, the last of which is not empty, and the width of a bin."""
-        both = self.counts[BINS:] + self.counts[:BINS][::-1]
-        filled = np.flatnonzero(both)
-        return both[: filled[-1] + 1 if len(filled) else 0].astype(np.float64), self.width
-
-    @property
-    def width(self) -> float:
-        """Of a bin."""
-        return math.ldexp(1.0, self.exponent or 0)
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """What `from_arrays` takes."""
-        exponent = [] if self.exponent is None else [self.exponent]
-        return {
-            "elements": np.array(self.elements, np.int64),
-            "range": np.array([self.minimum, self.maximum]),
-            "average": np.array(self.average or []),
-            "channels": np.zeros(0, np.float32) if self.channels is None else self.channels,
-            "exponent": np.array(exponent, np.int64),
-            "counts": self.counts,
-        }
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Statistics:
-        """The statistics that `to_arrays` wrote.  Raises KeyError or ValueError for others."""
-        found = cls()
-        found.elements = int(arrays["elements"])
-        found.minimum, found.maximum = map(float, arrays["range"])
-        if len(arrays["average"]):
-            low, high = map(float, arrays["average"])
-            found.average = (low, high)
-        found.channels = arrays["channels"] if len(arrays["channels"]) else None
-        found.exponent = int(arrays["exponent"][0]) if len(arrays["exponent"]) else None
-        if arrays["counts"].shape != (2 * BINS,):
-            raise ValueError(f"a histogram of {arrays['counts'].shape} bins")
-        found.counts = arrays["counts"].astype(np.int64)
-        return found
 
 
 def minmax(statistics: Statistics) -> float:
@@ -258,57 +125,78 @@ def histogram(statistics: Statistics) -> float:
     """
     filled = np.flatnonzero(statistics.counts)
     first, last = int(filled[0]), int(filled[-1])
-    counts = statistics.counts[first : last + 1].astype(np.float64)
-    start, end = _shrunk(counts)
+    start, end = _shrunk(statistics.counts[first : last + 1])
     low, high = ((first + index - BINS) * statistics.width for index in (start, end + 1))
     return min(max(abs(low), abs(high)), statistics.amax)
 
 
-def _shrunk(counts: np.ndarray, step: float = 1e-5) -> tuple[int, int]:
-    """The first and last bin of the range that torch's ``_non_linear_param_search`` ends at."""
-    cumulated = np.cumsum(counts)
-    total = cumulated[-1]
+def _shrunk(counts: np.ndarray) -> tuple[int, int]:
+    """The first and last bin of the range that torch's ``_non_linear_param_search`` ends at: the last before the error
+    rises."""
+    spread = _Spread(counts)
+    path = _inwards(counts)
+    best, least = (0, len(counts) - 1), math.inf
+    while ranges := list(itertools.islice(path, _AT_ONCE)):
+        for following, error in zip(ranges, spread.errors(np.array(ranges)), strict=True):
+            if error > least:
+                return best
+            best, least = following, error
+    return best
+
+
+def _inwards(counts: np.ndarray, step: float = 1e-5) -> Iterator[tuple[int, int]]:
+    """The ranges that torch's search goes through, if it is not stopped."""
+    cumulated = np.cumsum(counts).tolist()  # bisect is 20 times as fast on a list
+    total = float(cumulated[-1])
     start, end = 0, len(counts) - 1
-    alpha, beta, least = 0.0, 1.0, math.inf
-    while alpha < beta and start < end:
-        left = max(start, min(end, int(np.searchsorted(cumulated, (alpha + step) * total))))
-        right = min(end, max(start, int(np.searchsorted(cumulated, (beta - step) * total, side="right")) - 1))
-        following = (start, end)
-        if left - start > end - right:
-            following, alpha = (left, end), alpha + step
+    alpha, beta = step, 1.0 - step
+    left, right = bisect_left(cumulated, alpha * total), bisect_right(cumulated, beta * total) - 1
+    while alpha - step < beta + step and start < end:
+        low, high = max(start, min(end, left)), min(end, max(start, right))
+        following = (start, high)
+        if low - start > end - high:
+            following, alpha = (low, end), alpha + step
+            left = bisect_left(cumulated, alpha * total)
         else:
-            following, beta = (start, right), beta - step
-        if following == (start, end):
-            continue
-        error = _spread_error(counts, *following)
-        if error > least:
-            break
-        least, (start, end) = error, following
-    return start, end
+            beta -= step
+            right = bisect_right(cumulated, beta * total) - 1
+        if following != (start, end):
+            start, end = following
+            yield following
 
 
-def _spread_error(counts: np.ndarray, start: int, end: int) -> float:
-    """The squared error of 256 even levels over the bins `start` to `end`, in units of a bin's width squared.
+class _Spread:
+    """The squared error of 256 even levels over some of the bins, in units of a bin's width squared.
 
     As torch's ``_compute_quantization_error``: values are spread evenly over their bins, and those outside go to the
-    nearest level.
+    nearest level.  A bin is first taken to belong to the level that it begins in.  Its part beyond an edge, τ wide, is
+    then nearer to the next middle, which is 2m on: ∫ (t − m)² − (t + m)² dt from 0 to τ = −2mτ².
+
+    Sums over a level's bins are differences of cumulated integers, from a bin of the level on: so they are exact.
     """
-    wide = (end - start + 1) / 256
-    begins = np.arange(len(counts)) - float(start)
-    ends = begins + 1
-    first = np.clip(np.floor_divide(begins, wide), 0, 255)
-    last = np.clip(np.floor_divide(ends, wide), 0, 255)
-    middle = wide / 2
 
-    def cubes(begin: np.ndarray, end: np.ndarray | float) -> np.ndarray:
-        return (np.asarray(end) ** 3 - begin**3) / 3
+    def __init__(self, counts: np.ndarray) -> None:
+        self.counts = counts
+        index = np.arange(len(counts))
+        self.sums = [np.append(0, np.cumsum(counts * index**power)) for power in range(3)]
 
-    one = first == last
-    whole = cubes(begins - (first * wide + middle), ends - (first * wide + middle))
-    head = cubes(begins - (first * wide + middle), np.full(len(counts), middle))
-    body = (last - first - 1) * cubes(np.array(-middle), middle)
-    tail = cubes(np.full(len(counts), -middle), ends - (last * wide + middle))
-    return float((counts * np.where(one, whole, head + body + tail)).sum())
+    def errors(self, ranges: np.ndarray) -> np.ndarray:
+        """``[N] float64`` of ``[N, 2]``, first and last bins."""
+        start, end = ranges[:, :1], ranges[:, 1:]
+        wide = (end - start + 1) / 256
+        edges = wide * np.arange(1, 256)
+        inner = np.ceil(edges).astype(np.int64)
+        ends = np.zeros_like(start), np.full_like(start, len(self.counts))
+        bounds = np.concatenate([ends[0], start + inner, ends[1]], axis=1)
+        zeroth, first, second = (np.diff(sums[bounds], axis=1) for sums in self.sums)
+        base = np.concatenate([start, start + inner], axis=1)
+        # Of the distance of a bin's lower edge from `base`, and from there to the level's middle.
+        second = second - 2 * base * first + base**2 * zeroth
+        first = first - base * zeroth
+        shift = base - start - wide * (np.arange(256) + 0.5)
+        whole = second + (2 * shift + 1) * first + (shift * (shift + 1) + 1 / 3) * zeroth
+        beyond = self.counts[start + inner - 1] * (inner - edges) ** 2
+        return np.asarray(whole.sum(1) - wide[:, 0] * beyond.sum(1))
 
 
 METHODS: dict[str, Callable[[Statistics], float]] = {

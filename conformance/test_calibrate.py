@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -530,3 +531,13 @@ def _options(**changes):
         own(self, **{**changes, **given})
 
     return init
+
+
+def test_other_pixels_are_other_images(yolov8, tmp_path):
+    samples = open_samples(yolov8.variant, None, 2, "train2017")
+    first, second = samples.dataset.images
+    changed = tmp_path / first.file_name
+    cv2.imwrite(str(changed), 255 - cv2.imread(str(first.path)))
+    dataset = replace(samples.dataset, images=[replace(first, path=changed), second])
+    ours, theirs = (identity_of(yolov8.source, Samples(yolov8.variant, d)) for d in (samples.dataset, dataset))
+    assert {key for key in ours if ours[key] != theirs[key]} == {"images"}

@@ -109,7 +109,7 @@ def identity_of(model: Path, samples: Samples) -> dict[str, Any]:
     variant = samples.variant
     return {
         "graph": file_digest(model),
-        "images": f"{samples.dataset.fingerprint}, the first {len(samples)}",
+        "images": f"{samples.dataset.content_fingerprint}, the first {len(samples)}",
         "input": variant.input.model_dump_json(),
         "preprocess": variant.preprocess.model_dump_json(),
         "onnxruntime": onnxruntime.__version__,

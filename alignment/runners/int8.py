@@ -110,5 +110,5 @@ def calibration_images(variant: Variant, data: Path | None) -> CalibrationImages
     def batches() -> Iterator[np.ndarray]:
         return (sample.tensor[None] for sample in samples)
 
-    parts = [samples.dataset.fingerprint, len(samples), variant.fingerprint()]
+    parts = [samples.dataset.content_fingerprint, len(samples), variant.fingerprint()]
     return CalibrationImages(hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16], batches)

@@ -10,70 +10,35 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column, Table
 
 from alignment.case import ROUTES
+from alignment.commands.console import (
+    Data,
+    Golden,
+    Images,
+    Size,
+    out,
+    progress_bar,
+    reported,
+    require_folders,
+    sized,
+)
+from alignment.commands.explain import explain
+from alignment.commands.quantize import quantize
 from alignment.errors import AlignError
-from alignment.results import Alignment, CaseResult, Explanation
-from alignment.storage import require_folder
-from alignment.variant import Variant, golden_dir, load_variant, resized, with_quantization, zoo
+from alignment.results import Alignment, CaseResult
+from alignment.variant import Variant, golden_dir, load_variant, zoo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-Data = Annotated[Path | None, typer.Option(help="COCO-layout root, for variants on COCO; default $ALIGN_DATA/coco")]
-Images = Annotated[int | None, typer.Option(min=1, help="the first so many images only")]
-Size = Annotated[
-    str | None, typer.Option(metavar="HxW", help="another input size, 416 or 384x640; default: the variant's own")
-]
-Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
-
-
-def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns an AlignError, and what the file system refuses, into one line on stderr and exit status 2."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except AlignError as error:
-            err.print(f"align: {error}", markup=False)
-            raise typer.Exit(2) from None
-        except BrokenPipeError:  # whoever reads the output has had enough of it
-            raise
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            err.print(f"align: {where}{error.strerror or error}", markup=False)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            err.print("align: interrupted; nothing half-written was left", markup=False)
-            raise typer.Exit(130) from None
-
-    return run
 
 
 @app.command()
-@_reported
+@reported
 def run(
     variants: Annotated[
         list[str] | None, typer.Argument(help="names or YAML files; default: the embedded ones")
@@ -100,9 +65,9 @@ def run(
     from alignment.pipeline import RunOptions
     from alignment.report.run_folder import write_run
 
-    _require_folders({"--out": out_dir, "--records": records, "--golden": golden if update_golden else None})
+    require_folders({"--out": out_dir, "--records": records, "--golden": golden if update_golden else None})
     folder = golden or golden_dir()
-    chosen = [_sized(v, size) for v in (map(load_variant, variants) if variants else embedded())]
+    chosen = [sized(v, size) for v in (map(load_variant, variants) if variants else embedded())]
     plan = [(v, cases_of(v, _split(backend), _split(precision), _split(route))) for v in chosen]
     if not any(cases for _, cases in plan):
         what = f"--backend {backend} --precision {precision} --route {route}: no such case"
@@ -115,7 +80,7 @@ def run(
         measured: list[tuple[CaseResult, dict[str, Any]]] = []
         alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
         for variant, cases in plan:
-            with _progress(variant.name) as show:
+            with progress_bar(variant.name) as show:
                 results, seconds, dataset = session.run_cases(variant, cases, options, show)
             session.add_results(alignment, variant, results, seconds, dataset)
             measured += [(result, dataset) for result in results if result.status != "skip"]
@@ -137,7 +102,7 @@ def run(
 
 
 @app.command()
-@_reported
+@reported
 def table(run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders that runs wrote")]) -> None:
     """Print RUNs as one Markdown table: a row a variant, a column a backend and precision."""
     from alignment.report.markdown import to_markdown
@@ -147,7 +112,7 @@ def table(run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help=
 
 
 @app.command()
-@_reported
+@reported
 def export(
     variant: str,
     out_dir: Annotated[Path, typer.Option("--out", help="folder for the ONNX file and its node map")] = Path("."),
@@ -163,12 +128,12 @@ def export(
     from alignment.export.onnx_export import ExportOptions
     from alignment.export.onnx_export import export as write
 
-    _require_folders({"--out": out_dir})
+    require_folders({"--out": out_dir})
     if nms is not None and outputs == "raw":
         raise AlignError("--outputs raw: no boxes to run --nms on", "export decoded or both")
     if outputs not in ("decoded", "raw", "both"):
         raise AlignError(f"--outputs {outputs}: no such choice", "choose from decoded, raw, both")
-    chosen = _sized(load_variant(variant), size)
+    chosen = sized(load_variant(variant), size)
     head = None if nms is None else NmsHead(nms, chosen.nms)  # type: ignore[arg-type]
     if head:
         require_boxes(chosen)
@@ -179,84 +144,7 @@ def export(
 
 
 @app.command()
-@_reported
-def quantize(
-    variant: str,
-    out_dir: Annotated[Path, typer.Option("--out", help="folder for the QDQ graph, ranges, cache and scales")],
-    method: Annotated[
-        str | None, typer.Option(help="of activations; default: the variant's own, as are the others")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="of weights: minmax or mse")] = None,
-    policy: Annotated[str | None, typer.Option(help="where quantizers go: tensorrt, conv-only or full")] = None,
-    keep_float: Annotated[
-        list[str] | None, typer.Option(help="ONNX node, with wildcards, that stays float; repeatable")
-    ] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
-    calibration: Annotated[str | None, typer.Option(help="separate: activations in float; joint: in int8")] = None,
-    rounding: Annotated[str | None, typer.Option(help="of weights: nearest, adaround, or brecq, by blocks")] = None,
-    bias_correction: Annotated[bool | None, typer.Option(help="take mean errors off biases")] = None,
-    equalization: Annotated[bool | None, typer.Option(help="scale channels between convolutions")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="images that go through ONNX Runtime at once")] = 1,
-    ranges: Annotated[
-        Path | None, typer.Option(help="a TensorRT calibration cache, whose ranges are taken for the tensors it names")
-    ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where weights are searched for")] = "cpu",
-    data: Data = None,
-) -> None:
-    """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
-    from alignment.engine.int8 import ranges_in_cache
-    from alignment.quantize import recipe
-    from alignment.quantize.trouble import troubles
-
-    _require_folders({"--out": out_dir})
-    asked = {
-        "method": method,
-        "weights": weights,
-        "policy": policy,
-        "keep_float": keep_float,
-        "images": images,
-        "calibration": calibration,
-        "rounding": rounding,
-        "bias_correction": bias_correction,
-        "equalization": equalization,
-    }
-    chosen = with_quantization(load_variant(variant), {k: v for k, v in asked.items() if v is not None})
-    given = None if ranges is None else ranges_in_cache(_text(ranges))
-    with _stages(chosen.name) as show:
-        found = recipe.quantize(chosen, data, batch, show, device, given)
-    known = _modules(chosen)
-    for trouble in troubles(found, known):
-        out.print(f"[yellow]{escape(str(trouble))}[/]")
-    for unit in found.units:
-        if unit.adaround >= unit.nearest:
-            out.print(f"{unit.name}: AdaRound does not lower its error: rounded to nearest", markup=False)
-    counts = found.placement
-    for path in found.save(out_dir, chosen.name):
-        out.print(f"wrote {path}", markup=False)
-    out.print(
-        f"{len(counts.weights)} nodes in int8, {len(counts.activations)} quantizers, {len(counts.float_nodes)} nodes "
-        f"bound to float, {len(found.ranges)} ranges from {found.calibration.images} images",
-        markup=False,
-    )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignError(f"{path}: {error}", "give a TensorRT calibration cache") from None
-
-
-def _modules(variant: Variant) -> dict[str, str]:
-    """Torch module of each ONNX node, where a torch model stands behind the variant."""
-    from alignment.export.onnx_export import exported, read_node_map
-
-    node_map = exported(variant).node_map
-    return {} if node_map is None else {name: entry["module"] for name, entry in read_node_map(node_map).items()}
-
-
-@app.command()
-@_reported
+@reported
 def layers(
     variant: str,
     backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt")] = "onnxruntime",
@@ -308,131 +196,12 @@ def layers(
     out.print("every tensor is inside the float64 band")
 
 
-@app.command()
-@_reported
-def explain(
-    what: Annotated[list[str], typer.Argument(metavar="VARIANT | RECORD RECORD", help="records: their JSON files")],
-    backend: Annotated[
-        str, typer.Option(help="onnxruntime (ends in NonMaxSuppression) or tensorrt (EfficientNMS_TRT)")
-    ] = "onnxruntime",
-    data: Data = None,
-    images: Images = None,
-    score_threshold: Annotated[float | None, typer.Option(help="of both sides; default: the variant's")] = None,
-    deployed_score_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
-    deployed_iou_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
-    topk: Annotated[int | None, typer.Option(help="only so many rows go on to the deployed NMS; default: all")] = None,
-    golden: Golden = None,
-    show: Annotated[int, typer.Option(min=0, help="how many of the boxes to list")] = 20,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
-) -> None:
-    """Explain every detection that mmyolo's NMS and the one at the end of a deployed graph do not both keep alike.
-
-    Of two records: every one that they do not both lead to under the variant's own NMS.  Exit status 1: something is
-    unexplained, or due to a threshold that differs though no option says so.
-    """
-    from alignment import session
-    from alignment.report.run_folder import write_run
-
-    _require_folders({"--out": out_dir})
-    if len(what) not in (1, 2):
-        raise AlignError(f"{len(what)} arguments", "give one variant, or two records")
-    alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
-    with tempfile.TemporaryDirectory(prefix="align-explain-") as staging:
-        if len(what) == 2:
-            found = _explain_records(Path(what[0]), Path(what[1]), golden)
-        else:
-            pictures = Path(staging) if out_dir else None
-            deployed = {"score_threshold": deployed_score_threshold, "iou_threshold": deployed_iou_threshold}
-            asked = {"score_threshold": score_threshold}, deployed
-            found = _explain_variant(what[0], backend, data, images, asked, topk, golden, pictures)
-        alignment.explanations.append(found)
-        _print_explanation(found, show)
-        if out_dir:
-            if (Path(staging) / "pictures").is_dir():
-                shutil.copytree(Path(staging) / "pictures", out_dir / "pictures", dirs_exist_ok=True)
-            write_run(alignment, out_dir)
-            out.print(f"report: {out_dir / 'report.html'}", markup=False)
-    wrong = f"by a wrong setting: {found.wrong_settings}, " if found.wrong_settings else ""
-    ap = "" if found.subject_ap is None else f"AP {found.reference_ap:.4f} and {found.subject_ap:.4f}, "
-    out.print(
-        f"{found.images} images, {found.reference_detections} and {found.subject_detections} detections, {ap}"
-        f"{found.differing} differ, {wrong}unexplained: {found.unexplained}",
-        markup=False,
-    )
-    raise typer.Exit(0 if alignment.aligned else 1)
-
-
-def _explain_variant(
-    name: str,
-    backend: str,
-    data: Path | None,
-    images: int | None,
-    asked: tuple[dict[str, float | None], dict[str, float | None]],
-    topk: int | None,
-    golden: Path | None,
-    pictures: Path | None,
-) -> Explanation:
-    """`asked`: settings of NMS on both sides, and of the deployed one alone; None for those that are as they were."""
-    from alignment.case import reference_of
-    from alignment.data.samples import open_samples
-    from alignment.divergence import HEADS, explain_variant, explanation
-    from alignment.export.nms_head import require_boxes
-    from alignment.session import unavailable
-
-    variant = load_variant(name)
-    if reason := unavailable(variant, data):
-        what, _, mend = reason.rpartition(": ")
-        raise AlignError(what, mend)
-    if backend not in HEADS:
-        raise AlignError(f"--backend {backend}: no graph ends in NMS there", f"choose from {', '.join(HEADS)}")
-    require_boxes(variant)
-    samples = open_samples(variant, data, images)
-    changes, deployed = ({name: value for name, value in each.items() if value is not None} for each in asked)
-    with _progress(variant.name) as move:
-        found = explain_variant(
-            variant,
-            backend,
-            samples,
-            golden or golden_dir(),
-            changes,
-            topk,
-            pictures,
-            lambda n: move(n, len(samples)),
-            deployed,
-        )
-    sides = f"mmyolo's NMS on {reference_of(variant).backend}", f"{HEADS[backend]} on {backend}"
-    return explanation(found, f"{variant.name}-{HEADS[backend]}", sides, samples.dataset.class_names)
-
-
-def _explain_records(reference: Path, subject: Path, golden: Path | None) -> Explanation:
-    from alignment.divergence import explain_records, explanation
-
-    found = explain_records(reference, subject, golden or golden_dir())
-    return explanation(found, f"{subject.stem}-nms", (reference.stem, subject.stem), [])
-
-
-def _print_explanation(found: Explanation, show: int) -> None:
-    for note in found.notes:
-        out.print(note, markup=False)
-    table = Table("cause", "boxes", "followers", "AP without", title=f"{found.subject} against {found.reference}")
-    for cause in found.causes:
-        ap = "-" if cause.ap_without is None else f"{cause.ap_without:.4f}"
-        table.add_row(cause.cause, str(cause.boxes), str(cause.followers or "-"), ap)
-    if found.causes:
-        out.print(table)
-    for box in found.boxes[:show]:
-        follows = f" of {box.follows}" if box.follows else ""
-        out.print(
-            f"image {box.image_id}, row {box.row}, {box.label_name} {box.score:.4f}: reference {box.reference}; "
-            f"subject {box.subject}; {box.cause}{follows}: {box.replay}",
-            markup=False,
-        )
-    if len(found.boxes) > show:
-        out.print(f"{len(found.boxes) - show} more: --show {len(found.boxes)}, or --out for all of them", markup=False)
+app.command()(reported(quantize))
+app.command()(reported(explain))
 
 
 @app.command()
-@_reported
+@reported
 def variants() -> None:
     """List the variants of the zoo, and whether they can run here."""
     from alignment.session import unavailable
@@ -450,7 +219,7 @@ def variants() -> None:
 
 
 @app.command()
-@_reported
+@reported
 def doctor() -> None:
     """Say what this machine can and cannot run, and why."""
     from alignment.doctor import examine
@@ -463,7 +232,7 @@ def doctor() -> None:
 
 
 @app.command()
-@_reported
+@reported
 def schema() -> None:
     """Print the JSON schema of ``alignment.json``."""
     from alignment.report.run_folder import json_schema
@@ -472,7 +241,7 @@ def schema() -> None:
 
 
 @app.command()
-@_reported
+@reported
 def synthetic() -> None:
     """Draw the embedded synthetic set and print where it is."""
     from alignment.data.synthetic import synthetic_root
@@ -485,61 +254,8 @@ def embedded() -> list[Variant]:
     return [v for v in map(load_variant, zoo()) if v.embedded]
 
 
-def _sized(variant: Variant, size: str | None) -> Variant:
-    if size is None:
-        return variant
-    sides = size.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise AlignError(f"--size {size}: not a size in pixels", "give one such as 416 or 384x640")
-    return resized(variant, int(sides[0]), int(sides[-1]))
-
-
-def _require_folders(named: dict[str, Path | None]) -> None:
-    """Finds out before any work is done what could not be written after it."""
-    for option, path in named.items():
-        if path is not None:
-            require_folder(path, option)
-
-
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-class _Rate(ProgressColumn):
-    """Images a second."""
-
-    def render(self, task: Task) -> str:
-        """``12.3 images/s``."""
-        return f"{task.speed:.1f} images/s" if task.speed else ""
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left; gives the function that moves it: images done, images in all."""
-    with _bar(_Rate()) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _stages(name: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage; gives the function that moves one: stage, how many done, how many in all."""
-    with _bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def move(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(f"{name} {stage}", total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield move
-
-
-def _bar(*columns: ProgressColumn) -> Progress:
-    shown = (BarColumn(), MofNCompleteColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
-    text = TextColumn("{task.description}")
-    # Where there is no terminal a bar is a blank line before the one of an error.
-    return Progress(text, *shown, console=err, transient=True, disable=not err.is_terminal)
 
 
 def _print_results(alignment: Alignment) -> None:

@@ -1,0 +1,1 @@
+"""The commands of ``align`` that have a module of their own."""

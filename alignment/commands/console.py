@@ -1,0 +1,113 @@
+"""What the commands share: consoles, options, progress bars, and errors as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from alignment.errors import AlignError
+from alignment.storage import require_folder
+from alignment.variant import Variant, resized
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Data = Annotated[Path | None, typer.Option(help="COCO-layout root, for variants on COCO; default $ALIGN_DATA/coco")]
+Images = Annotated[int | None, typer.Option(min=1, help="the first so many images only")]
+Size = Annotated[
+    str | None, typer.Option(metavar="HxW", help="another input size, 416 or 384x640; default: the variant's own")
+]
+Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
+
+
+def reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns an AlignError, and what the file system refuses, into one line on stderr and exit status 2."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except AlignError as error:
+            err.print(f"align: {error}", markup=False)
+            raise typer.Exit(2) from None
+        except BrokenPipeError:  # whoever reads the output has had enough of it
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            err.print(f"align: {where}{error.strerror or error}", markup=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            err.print("align: interrupted; nothing half-written was left", markup=False)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def sized(variant: Variant, size: str | None) -> Variant:
+    """The variant at the size of ``--size``.  Raises AlignError for what is no size."""
+    if size is None:
+        return variant
+    sides = size.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise AlignError(f"--size {size}: not a size in pixels", "give one such as 416 or 384x640")
+    return resized(variant, int(sides[0]), int(sides[-1]))
+
+
+def require_folders(named: dict[str, Path | None]) -> None:
+    """Finds out before any work is done what could not be written after it."""
+    for option, path in named.items():
+        if path is not None:
+            require_folder(path, option)
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left; gives the function that moves it: images done, images in all."""
+    with _bar(_Rate()) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def stage_bars(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage; gives the function that moves one: stage, how many done, how many in all."""
+    with _bar() as bar:
+        tasks: dict[str, Any] = {}
+
+        def move(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(f"{name} {stage}", total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield move
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    shown = (BarColumn(), MofNCompleteColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}")
+    # Where there is no terminal a bar is a blank line before the one of an error.
+    return Progress(text, *shown, console=err, transient=True, disable=not err.is_terminal)
+
+
+class _Rate(ProgressColumn):
+    """Images a second."""
+
+    def render(self, task: Task) -> str:
+        """``12.3 images/s``."""
+        return f"{task.speed:.1f} images/s" if task.speed else ""

@@ -1,0 +1,139 @@
+"""``align explain``."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from alignment.commands.console import Data, Golden, Images, out, progress_bar, require_folders
+from alignment.errors import AlignError
+from alignment.results import Explanation
+from alignment.variant import golden_dir, load_variant
+
+
+def explain(
+    what: Annotated[list[str], typer.Argument(metavar="VARIANT | RECORD RECORD", help="records: their JSON files")],
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime (ends in NonMaxSuppression) or tensorrt (EfficientNMS_TRT)")
+    ] = "onnxruntime",
+    data: Data = None,
+    images: Images = None,
+    score_threshold: Annotated[float | None, typer.Option(help="of both sides; default: the variant's")] = None,
+    deployed_score_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
+    deployed_iou_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
+    topk: Annotated[int | None, typer.Option(help="only so many rows go on to the deployed NMS; default: all")] = None,
+    golden: Golden = None,
+    show: Annotated[int, typer.Option(min=0, help="how many of the boxes to list")] = 20,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
+) -> None:
+    """Explain every detection that mmyolo's NMS and the one at the end of a deployed graph do not both keep alike.
+
+    Of two records: every one that they do not both lead to under the variant's own NMS.  Exit status 1: something is
+    unexplained, or due to a threshold that differs though no option says so.
+    """
+    from alignment import session
+    from alignment.report.run_folder import write_run
+
+    require_folders({"--out": out_dir})
+    if len(what) not in (1, 2):
+        raise AlignError(f"{len(what)} arguments", "give one variant, or two records")
+    alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
+    with tempfile.TemporaryDirectory(prefix="align-explain-") as staging:
+        if len(what) == 2:
+            found = _explain_records(Path(what[0]), Path(what[1]), golden)
+        else:
+            pictures = Path(staging) if out_dir else None
+            deployed = {"score_threshold": deployed_score_threshold, "iou_threshold": deployed_iou_threshold}
+            asked = {"score_threshold": score_threshold}, deployed
+            found = _explain_variant(what[0], backend, data, images, asked, topk, golden, pictures)
+        alignment.explanations.append(found)
+        _print_explanation(found, show)
+        if out_dir:
+            if (Path(staging) / "pictures").is_dir():
+                shutil.copytree(Path(staging) / "pictures", out_dir / "pictures", dirs_exist_ok=True)
+            write_run(alignment, out_dir)
+            out.print(f"report: {out_dir / 'report.html'}", markup=False)
+    wrong = f"by a wrong setting: {found.wrong_settings}, " if found.wrong_settings else ""
+    ap = "" if found.subject_ap is None else f"AP {found.reference_ap:.4f} and {found.subject_ap:.4f}, "
+    out.print(
+        f"{found.images} images, {found.reference_detections} and {found.subject_detections} detections, {ap}"
+        f"{found.differing} differ, {wrong}unexplained: {found.unexplained}",
+        markup=False,
+    )
+    raise typer.Exit(0 if alignment.aligned else 1)
+
+
+def _explain_variant(
+    name: str,
+    backend: str,
+    data: Path | None,
+    images: int | None,
+    asked: tuple[dict[str, float | None], dict[str, float | None]],
+    topk: int | None,
+    golden: Path | None,
+    pictures: Path | None,
+) -> Explanation:
+    """`asked`: settings of NMS on both sides, and of the deployed one alone; None for those that are as they were."""
+    from alignment.case import reference_of
+    from alignment.data.samples import open_samples
+    from alignment.divergence import HEADS, explain_variant, explanation
+    from alignment.export.nms_head import require_boxes
+    from alignment.session import unavailable
+
+    variant = load_variant(name)
+    if reason := unavailable(variant, data):
+        what, _, mend = reason.rpartition(": ")
+        raise AlignError(what, mend)
+    if backend not in HEADS:
+        raise AlignError(f"--backend {backend}: no graph ends in NMS there", f"choose from {', '.join(HEADS)}")
+    require_boxes(variant)
+    samples = open_samples(variant, data, images)
+    changes, deployed = ({name: value for name, value in each.items() if value is not None} for each in asked)
+    with progress_bar(variant.name) as move:
+        found = explain_variant(
+            variant,
+            backend,
+            samples,
+            golden or golden_dir(),
+            changes,
+            topk,
+            pictures,
+            lambda n: move(n, len(samples)),
+            deployed,
+        )
+    sides = f"mmyolo's NMS on {reference_of(variant).backend}", f"{HEADS[backend]} on {backend}"
+    return explanation(found, f"{variant.name}-{HEADS[backend]}", sides, samples.dataset.class_names)
+
+
+def _explain_records(reference: Path, subject: Path, golden: Path | None) -> Explanation:
+    from alignment.divergence import explain_records, explanation
+
+    found = explain_records(reference, subject, golden or golden_dir())
+    return explanation(found, f"{subject.stem}-nms", (reference.stem, subject.stem), [])
+
+
+def _print_explanation(found: Explanation, show: int) -> None:
+    for note in found.notes:
+        out.print(note, markup=False)
+    table = Table("cause", "boxes", "followers", "AP without", title=f"{found.subject} against {found.reference}")
+    for cause in found.causes:
+        ap = "-" if cause.ap_without is None else f"{cause.ap_without:.4f}"
+        table.add_row(cause.cause, str(cause.boxes), str(cause.followers or "-"), ap)
+    if found.causes:
+        out.print(table)
+    for box in found.boxes[:show]:
+        follows = f" of {box.follows}" if box.follows else ""
+        out.print(
+            f"image {box.image_id}, row {box.row}, {box.label_name} {box.score:.4f}: reference {box.reference}; "
+            f"subject {box.subject}; {box.cause}{follows}: {box.replay}",
+            markup=False,
+        )
+    if len(found.boxes) > show:
+        out.print(f"{len(found.boxes) - show} more: --show {len(found.boxes)}, or --out for all of them", markup=False)

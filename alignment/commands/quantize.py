@@ -1,0 +1,88 @@
+"""``align quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+
+from alignment.commands.console import Data, out, require_folders, stage_bars
+from alignment.errors import AlignError
+from alignment.variant import Variant, load_variant, with_quantization
+
+
+def quantize(
+    variant: str,
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for the QDQ graph, ranges, cache and scales")],
+    method: Annotated[
+        str | None, typer.Option(help="of activations; default: the variant's own, as are the others")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="of weights: minmax or mse")] = None,
+    policy: Annotated[str | None, typer.Option(help="where quantizers go: tensorrt, conv-only or full")] = None,
+    keep_float: Annotated[
+        list[str] | None, typer.Option(help="ONNX node, with wildcards, that stays float; repeatable")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
+    calibration: Annotated[str | None, typer.Option(help="separate: activations in float; joint: in int8")] = None,
+    rounding: Annotated[str | None, typer.Option(help="of weights: nearest, adaround, or brecq, by blocks")] = None,
+    bias_correction: Annotated[bool | None, typer.Option(help="take mean errors off biases")] = None,
+    equalization: Annotated[bool | None, typer.Option(help="scale channels between convolutions")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images that go through ONNX Runtime at once")] = 1,
+    ranges: Annotated[
+        Path | None, typer.Option(help="a TensorRT calibration cache, whose ranges are taken for the tensors it names")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where weights are searched for")] = "cpu",
+    data: Data = None,
+) -> None:
+    """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
+    from alignment.engine.int8 import ranges_in_cache
+    from alignment.quantize import recipe
+    from alignment.quantize.trouble import troubles
+
+    require_folders({"--out": out_dir})
+    asked = {
+        "method": method,
+        "weights": weights,
+        "policy": policy,
+        "keep_float": keep_float,
+        "images": images,
+        "calibration": calibration,
+        "rounding": rounding,
+        "bias_correction": bias_correction,
+        "equalization": equalization,
+    }
+    chosen = with_quantization(load_variant(variant), {k: v for k, v in asked.items() if v is not None})
+    given = None if ranges is None else ranges_in_cache(_text(ranges))
+    with stage_bars(chosen.name) as show:
+        found = recipe.quantize(chosen, data, batch, show, device, given)
+    known = _modules(chosen)
+    for trouble in troubles(found, known):
+        out.print(f"[yellow]{escape(str(trouble))}[/]")
+    for unit in found.units:
+        if unit.adaround >= unit.nearest:
+            out.print(f"{unit.name}: AdaRound does not lower its error: rounded to nearest", markup=False)
+    counts = found.placement
+    for path in found.save(out_dir, chosen.name):
+        out.print(f"wrote {path}", markup=False)
+    out.print(
+        f"{len(counts.weights)} nodes in int8, {len(counts.activations)} quantizers, {len(counts.float_nodes)} nodes "
+        f"bound to float, {len(found.ranges)} ranges from {found.calibration.images} images",
+        markup=False,
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlignError(f"{path}: {error}", "give a TensorRT calibration cache") from None
+
+
+def _modules(variant: Variant) -> dict[str, str]:
+    """Torch module of each ONNX node, where a torch model stands behind the variant."""
+    from alignment.export.onnx_export import exported, read_node_map
+
+    node_map = exported(variant).node_map
+    return {} if node_map is None else {name: entry["module"] for name, entry in read_node_map(node_map).items()}

@@ -225,19 +225,20 @@ class TestShared:
         ("l = Identity(d)", "each"),
         ("m = Neg(c)", "after"),
         ("n, o = Split<axis = 1>(m, parts)", None),
+        ("p, q = Split<axis = 2>(images, halves)", None),
     )
 
     @pytest.fixture
     def moves(self, tmp_path) -> Path:
         model = graph(*(line for line, _ in self.MOVES), output="k")
-        constants = {"two": np.array([2]), "parts": np.array([2, 4])}
+        constants = {"two": np.array([2]), "parts": np.array([2, 4]), "halves": np.array([160, 160])}
         model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
         return written(model, tmp_path / "moves.onnx")
 
     def test_which_they_are(self, moves):
         model = onnx.load(moves)
         names = activations(model)
-        found = shared(model, names, module._shapes(model, names, (7, 3, 320, 320)), 7)
+        found = shared(model, names, module.shapes_of(model, names, (7, 3, 320, 320)), 7)
         expected = {line[0]: kept for line, kept in self.MOVES if kept}
         assert {name: joined.channels for name, joined in found.items()} == expected
         assert found["m"].parts == ("n", "o")

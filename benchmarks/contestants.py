@@ -49,12 +49,12 @@ def bare(job: dict[str, Any]) -> Callable[[], None]:
     """All images through the graph as it is, in a session with calibration's options."""
     import onnx
 
-    from alignment.quantize.calibrate import _session
+    from alignment.quantize.calibrate import open_session
 
     images = Images(job["images"], job["count"], job["input"])
 
     def work() -> None:
-        session = _session(onnx.load(job["model"]), Path(job["model"]))
+        session = open_session(onnx.load(job["model"]), Path(job["model"]))
         for image in images:
             session.run(None, {job["input"]: image})
 

@@ -29,6 +29,7 @@ from alignment.quantize.calibrate import Calibration, activations, calibrate, id
 from alignment.quantize.observers import METHODS
 from alignment.quantize.placement import POLICIES
 from alignment.quantize.qdq import fake_quantizers
+from alignment.quantize.sharing import shared
 from alignment.quantize.statistics import Statistics
 from alignment.variant import load_variant, with_quantization
 
@@ -189,10 +190,77 @@ class TestStatisticsOfAGraph:
         except AlignError as error:
             assert "batch" in str(error)  # noqa: PT017
 
+    @pytest.mark.parametrize("known", [True, False])
+    def test_shapes_that_are_known_only_afterwards(self, samples, tmp_path, known):
+        """Of a tensor whose values decide it, and of all where the input's is open."""
+        model = graph("y = Relu(images)", "s = NonZero(y)", "o = Cast<to = 1>(s)")
+        if not known:
+            for dim, name in zip(model.graph.input[0].type.tensor_type.shape.dim, "bchw", strict=True):
+                dim.dim_param = name
+        tensors = calibrate(written(model, tmp_path / "open.onnx"), samples, tmp_path / "open.npz").tensors
+        images = np.stack([sample.tensor for sample in samples])
+        assert tensors["y"].elements == images.size
+        assert tensors["o"].elements == 4 * np.count_nonzero(images > 0)
+        assert tensors["o"].maximum == 319
+
     def test_a_graph_that_does_not_load(self, samples, tmp_path):
         model = graph("o = Unheard(images)")
         with pytest.raises(AlignError, match=r"bad\.onnx: ONNX Runtime cannot load it"):
             calibrate(written(model, tmp_path / "bad.onnx"), samples, tmp_path / "bad.npz")
+
+
+class TestShared:
+    """Tensors that are not looked at have the statistics that they would have if they were."""
+
+    #: Nodes, and what becomes of channels where the first output is not looked at.
+    MOVES = (
+        ("a = Relu(images)", None),
+        ("b = Neg(images)", None),
+        ("c = Concat<axis = 1>(a, b)", "after"),
+        ("d = Concat<axis = 2>(a, b)", "each"),
+        ("e = Concat<axis = 0>(a, b)", None),
+        ("f = Transpose<perm = [0, 1, 3, 2]>(c)", "each"),
+        ("g = Transpose<perm = [0, 2, 1, 3]>(c)", None),
+        ("h = Flatten(f)", "all"),
+        ("i = Unsqueeze(c, two)", "all"),
+        ("j = Squeeze(i, two)", None),
+        ("k = Concat<axis = -1>(h, h)", "all"),
+        ("l = Identity(d)", "each"),
+        ("m = Neg(c)", "after"),
+        ("n, o = Split<axis = 1>(m, parts)", None),
+        ("p, q = Split<axis = 2>(images, halves)", None),
+    )
+
+    @pytest.fixture
+    def moves(self, tmp_path) -> Path:
+        model = graph(*(line for line, _ in self.MOVES), output="k")
+        constants = {"two": np.array([2]), "parts": np.array([2, 4]), "halves": np.array([160, 160])}
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+        return written(model, tmp_path / "moves.onnx")
+
+    def test_which_they_are(self, moves):
+        model = onnx.load(moves)
+        names = activations(model)
+        found = shared(model, names, module.shapes_of(model, names, (7, 3, 320, 320)), 7)
+        expected = {line[0]: kept for line, kept in self.MOVES if kept}
+        assert {name: joined.channels for name, joined in found.items()} == expected
+        assert found["m"].parts == ("n", "o")
+
+    @pytest.mark.parametrize("batch", [1, 4])
+    def test_of_moves(self, moves, samples, tmp_path, monkeypatch, batch):
+        derived = calibrate(moves, samples, tmp_path / "derived.npz", batch)
+        monkeypatch.setattr(module, "shared", lambda *_: {})
+        assert_same(calibrate(moves, samples, tmp_path / "seen.npz", batch), derived)
+
+    @pytest.mark.parametrize("family", ["yolov6", "yolov8", "ppyoloe", "rtmdet"])
+    def test_of_a_detector(self, family, tmp_path, monkeypatch):
+        pytest.importorskip("mmyolo")
+        variant = load_variant(f"{family}_embedded")
+        few = open_samples(variant, limit=3, split="train2017")
+        source = exported(variant).onnx
+        derived = calibrate(source, few, tmp_path / "derived.npz", 2)
+        monkeypatch.setattr(module, "shared", lambda *_: {})
+        assert_same(calibrate(source, few, tmp_path / "seen.npz"), derived)
 
 
 class TestInterrupted:

@@ -148,6 +148,17 @@ def test_memory_does_not_grow_with_what_is_seen():
     assert size(statistics) == before < 2 * BINS * 8 + 256
 
 
+@pytest.mark.parametrize("first", ALL)
+@pytest.mark.parametrize("second", ["gaussian", "outlier", "denormals", "zeros"])
+def test_joined_statistics_are_those_of_all_values(first, second):
+    values = samples(first), samples(second)
+    joined, parts = Statistics(), [observed(value) for value in values]
+    joined.join(parts, np.concatenate([part.channels for part in parts]))
+    for low, high in Statistics().add(np.concatenate(values, axis=1)):
+        joined.add_range(low, high)
+    assert content(joined) == content(observed(np.concatenate(values, axis=1)))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_arrays_there_and_back(name):
     before = observed(samples(name))
@@ -307,6 +318,14 @@ def test_the_error_is_that_of_the_values_if_in_the_middle_of_their_bins(name):
         amax = np.abs(values).max() * fraction
         error = ((fake_quantize(values, scale_of(amax)) - values).astype(np.float64) ** 2).mean()
         assert squared_error(observed(values), amax) == pytest.approx(error, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_mse_takes_the_range_of_the_least_error(name):
+    statistics = observed(samples(name))
+    candidates = statistics.amax * FRACTIONS
+    errors = [squared_error(statistics, candidate) for candidate in candidates]
+    assert amax_of(statistics, "mse") == candidates[np.argmin(errors)]
 
 
 def torch_search(values: np.ndarray, statistics: Statistics | None = None) -> tuple[float, float]:

@@ -179,7 +179,7 @@ def _observe(
     image = _image_shape(graph)
     # A batch that no other axis is likely to have, so that axes of images are told from others.
     prime = 10_007 if image and not graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value else 1
-    joined = shared(graph, names, _shapes(graph, names, (prime, *image)) if image else {}, prime)
+    joined = shared(graph, names, shapes_of(graph, names, (prime, *image)) if image else {}, prime)
     network = _Observed(graph, [name for name in names if name not in joined], model)
     todo = samples.dataset.images[found.images :]
     saved = found.images
@@ -236,9 +236,9 @@ class _Observed:
     """
 
     def __init__(self, graph: onnx.ModelProto, names: list[str], path: Path) -> None:
-        self.image, self._graph = graph.graph.input[0].name, graph
-        self.others = [name for name in names if name != self.image]
-        self._session = _session(mark_outputs(graph, self.others), path)
+        self.image, *self.others = names
+        self._graph = graph
+        self._session = open_session(mark_outputs(graph, self.others), path)
         self._kept: dict[str, np.ndarray] = {}
         self._shape: tuple[int, ...] = ()
 
@@ -246,7 +246,7 @@ class _Observed:
         """All tensors; the next call writes over them."""
         if batch.shape != self._shape:
             self._shape, self._kept = batch.shape, {}
-            shapes = _shapes(self._graph, self.others, batch.shape)
+            shapes = shapes_of(self._graph, self.others, batch.shape)
             self._kept = {name: np.empty(shapes[name], np.float32) for name in self.others if name in shapes}
         binding = self._session.io_binding()
         binding.bind_cpu_input(self.image, batch)
@@ -268,7 +268,7 @@ def _image_shape(graph: onnx.ModelProto) -> tuple[int, ...]:
     return sizes if all(sizes) else ()
 
 
-def _shapes(graph: onnx.ModelProto, names: list[str], batch: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def shapes_of(graph: onnx.ModelProto, names: list[str], batch: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Of those tensors whose shape follows from the input's."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(graph)
@@ -288,7 +288,7 @@ def _shapes(graph: onnx.ModelProto, names: list[str], batch: tuple[int, ...]) ->
     return {name: found[name] for name in names if name in found}
 
 
-def _session(model: onnx.ModelProto, path: Path) -> Any:
+def open_session(model: onnx.ModelProto, path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

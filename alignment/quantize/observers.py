@@ -91,8 +91,21 @@ def _x_log_x(values: np.ndarray) -> np.ndarray:
 def mse(statistics: Statistics) -> float:
     """The range of the least mean squared error, over `FRACTIONS` of the largest magnitude."""
     candidates = statistics.amax * FRACTIONS
-    errors = [squared_error(statistics, candidate) for candidate in candidates]
-    return float(candidates[int(np.argmin(errors))])
+    return float(candidates[int(np.argmin(_squared_errors(statistics, candidates)))])
+
+
+def _squared_errors(statistics: Statistics, candidates: np.ndarray) -> np.ndarray:
+    """`squared_error` of many ranges, times the elements, in units of a bin's width squared."""
+    counts = statistics.counts.copy()
+    counts[BINS] = 0  # taken to be zeros
+    scale = candidates[:, None] / 127 / statistics.width
+    levels = np.arange(-128, 128)
+    # The middle of bin k is k + 1/2.
+    begins = np.clip(np.ceil((levels[1:] - 0.5) * scale - 0.5), -BINS, BINS).astype(np.int64) + BINS
+    base = np.rint(levels * scale).astype(np.int64)
+    zeroth, first, second = _Moments(counts).within(begins, base + BINS)
+    shift = base + 0.5 - levels * scale
+    return np.asarray((second + 2 * shift * first + shift**2 * zeroth).sum(1))
 
 
 def squared_error(statistics: Statistics, amax: float) -> float:
@@ -133,11 +146,11 @@ def histogram(statistics: Statistics) -> float:
 def _shrunk(counts: np.ndarray) -> tuple[int, int]:
     """The first and last bin of the range that torch's ``_non_linear_param_search`` ends at: the last before the error
     rises."""
-    spread = _Spread(counts)
+    moments = _Moments(counts)
     path = _inwards(counts)
     best, least = (0, len(counts) - 1), math.inf
     while ranges := list(itertools.islice(path, _AT_ONCE)):
-        for following, error in zip(ranges, spread.errors(np.array(ranges)), strict=True):
+        for following, error in zip(ranges, _spread_errors(counts, moments, np.array(ranges)), strict=True):
             if error > least:
                 return best
             best, least = following, error
@@ -165,38 +178,45 @@ def _inwards(counts: np.ndarray, step: float = 1e-5) -> Iterator[tuple[int, int]
             yield following
 
 
-class _Spread:
-    """The squared error of 256 even levels over some of the bins, in units of a bin's width squared.
-
-    As torch's ``_compute_quantization_error``: values are spread evenly over their bins, and those outside go to the
-    nearest level.  A bin is first taken to belong to the level that it begins in.  Its part beyond an edge, τ wide, is
-    then nearer to the next middle, which is 2m on: ∫ (t − m)² − (t + m)² dt from 0 to τ = −2mτ².
-
-    Sums over a level's bins are differences of cumulated integers, from a bin of the level on: so they are exact.
-    """
+class _Moments:
+    """Sums over neighbouring bins, as differences of cumulated integers: so they are exact."""
 
     def __init__(self, counts: np.ndarray) -> None:
-        self.counts = counts
         index = np.arange(len(counts))
         self.sums = [np.append(0, np.cumsum(counts * index**power)) for power in range(3)]
 
-    def errors(self, ranges: np.ndarray) -> np.ndarray:
-        """``[N] float64`` of ``[N, 2]``, first and last bins."""
-        start, end = ranges[:, :1], ranges[:, 1:]
-        wide = (end - start + 1) / 256
-        edges = wide * np.arange(1, 256)
-        inner = np.ceil(edges).astype(np.int64)
-        ends = np.zeros_like(start), np.full_like(start, len(self.counts))
-        bounds = np.concatenate([ends[0], start + inner, ends[1]], axis=1)
+    def within(self, begins: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``[N, L] int64`` sums of counts, of the distances of their bins from a near one, and of their squares.
+
+        Args:
+            begins: ``[N, L - 1]``, where each level but the first begins; that begins at the first bin.
+            base: ``[N, L]``, the bin that distances are taken from.
+        """
+        ends = [np.full((len(begins), 1), end) for end in (0, len(self.sums[0]) - 1)]
+        bounds = np.concatenate([ends[0], begins, ends[1]], axis=1)
         zeroth, first, second = (np.diff(sums[bounds], axis=1) for sums in self.sums)
-        base = np.concatenate([start, start + inner], axis=1)
-        # Of the distance of a bin's lower edge from `base`, and from there to the level's middle.
-        second = second - 2 * base * first + base**2 * zeroth
-        first = first - base * zeroth
-        shift = base - start - wide * (np.arange(256) + 0.5)
-        whole = second + (2 * shift + 1) * first + (shift * (shift + 1) + 1 / 3) * zeroth
-        beyond = self.counts[start + inner - 1] * (inner - edges) ** 2
-        return np.asarray(whole.sum(1) - wide[:, 0] * beyond.sum(1))
+        return zeroth, first - base * zeroth, second - 2 * base * first + base**2 * zeroth
+
+
+def _spread_errors(counts: np.ndarray, moments: _Moments, ranges: np.ndarray) -> np.ndarray:
+    """``[N] float64``, the squared errors of 256 even levels over ``[N, 2]``, first and last bins.
+
+    As torch's ``_compute_quantization_error``, in units of a bin's width squared: values are spread evenly over their
+    bins, and those outside go to the nearest level.  A bin is first taken to belong to the level that it begins in.
+    Its part beyond an edge, τ wide, is then nearer to the next middle, which is 2m on:
+    ∫ (t − m)² − (t + m)² dt from 0 to τ = −2mτ².
+    """
+    start, end = ranges[:, :1], ranges[:, 1:]
+    wide = (end - start + 1) / 256
+    edges = wide * np.arange(1, 256)
+    inner = np.ceil(edges).astype(np.int64)
+    base = np.concatenate([start, start + inner], axis=1)
+    zeroth, first, second = moments.within(start + inner, base)
+    # Of a bin's lower edge, as `base` is one, from the level's middle.
+    shift = base - start - wide * (np.arange(256) + 0.5)
+    whole = second + (2 * shift + 1) * first + (shift * (shift + 1) + 1 / 3) * zeroth
+    beyond = counts[start + inner - 1] * (inner - edges) ** 2
+    return np.asarray(whole.sum(1) - wide[:, 0] * beyond.sum(1))
 
 
 METHODS: dict[str, Callable[[Statistics], float]] = {

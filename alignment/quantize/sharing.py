@@ -54,7 +54,7 @@ def shared(model: onnx.ModelProto, names: list[str], shapes: Shapes, batch: int)
 
     Args:
         model: the graph.
-        names: of the tensors in question.
+        names: of the tensors in question; the first is the image, which is at hand anyway.
         shapes: of those whose shape is known; only these are looked at.
         batch: the first axis of those that hold an image each.
     """
@@ -64,8 +64,7 @@ def shared(model: onnx.ModelProto, names: list[str], shapes: Shapes, batch: int)
         sources = tuple(node.input)
         if node.op_type == "Split":
             whole = node.input[0]
-            # What it has from those before it is as good, and needs no second look.
-            if whole in found or not known.issuperset([whole, *node.output]):
+            if whole in found or whole == names[0] or not known.issuperset([whole, *node.output]):
                 continue
             name, sources = whole, tuple(node.output)
         else:

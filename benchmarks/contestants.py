@@ -46,15 +46,19 @@ class Images:
 
 
 def bare(job: dict[str, Any]) -> Callable[[], None]:
-    """All images through the graph as it is, in a session with calibration's options."""
+    """All images through the graph as it is, in a session with calibration's options, or ONNX Runtime's own."""
     import onnx
+    from onnxruntime import InferenceSession
 
     from alignment.quantize.calibrate import open_session
 
     images = Images(job["images"], job["count"], job["input"])
 
     def work() -> None:
-        session = open_session(onnx.load(job["model"]), Path(job["model"]))
+        if job["option"]:
+            session = InferenceSession(job["model"], providers=["CPUExecutionProvider"])
+        else:
+            session = open_session(onnx.load(job["model"]), Path(job["model"]))
         for image in images:
             session.run(None, {job["input"]: image})
 
@@ -118,7 +122,6 @@ def modelopt(job: dict[str, Any]) -> Callable[[], None]:
     """nvidia-modelopt's ONNX PTQ on the CPU."""
     from modelopt.onnx.quantization import quantize
 
-    # It reads the first image once more than the others.
     images = Images(job["images"], job["count"], job["input"])
 
     def work() -> None:

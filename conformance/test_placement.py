@@ -344,7 +344,7 @@ def assert_sound(graph: OnnxGraph, placement: Placement) -> None:
         assert not (slots and node.op_type in (*ACTIVATIONS, "Mul")), node.name
         if graph.learnt(node):
             assert slots == ([] if node.name in placement.float_nodes else [0])
-        elif node.op_type == "Add" and placement.policy == "tensorrt":
+        elif node.op_type == "Add" and placement.policy == "tensorrt" and node.name not in placement.float_nodes:
             makers = [graph.makers.get(tensor) for tensor in node.input]
             fused = any(m is not None and m.name in {w.node for w in placement.weights} for m in makers)
             assert len(slots) == 1 if fused else len(slots) in (0, 2)

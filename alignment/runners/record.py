@@ -46,7 +46,7 @@ class Candidates:
     @property
     def floor(self) -> float:
         """The highest score that a pair may have which is not among them: a full list says nothing of those below."""
-        return float(np.min(self.scores)) if len(self.scores) >= CANDIDATES else CANDIDATE_SCORE
+        return float(min(self.scores)) if len(self.scores) >= CANDIDATES else CANDIDATE_SCORE
 
 
 @dataclass

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +26,7 @@ from alignment.commands.console import (
     reported,
     require_folders,
     sized,
+    write_report,
 )
 from alignment.commands.explain import explain
 from alignment.commands.quantize import quantize
@@ -63,7 +63,6 @@ def run(
     from alignment.case import cases_of
     from alignment.golden import update
     from alignment.pipeline import RunOptions
-    from alignment.report.run_folder import write_run
 
     require_folders({"--out": out_dir, "--records": records, "--golden": golden if update_golden else None})
     folder = golden or golden_dir()
@@ -86,11 +85,7 @@ def run(
             measured += [(result, dataset) for result in results if result.status != "skip"]
         _print_results(alignment)
         if out_dir:
-            # Pictures leave the staging folder only now: a run that fails on its way leaves nothing behind.
-            if (pictures := Path(staging) / "pictures").is_dir():
-                shutil.copytree(pictures, out_dir / "pictures", dirs_exist_ok=True)
-            write_run(alignment, out_dir)
-            out.print(f"report: {out_dir / 'report.html'}", markup=False)
+            write_report(alignment, Path(staging), out_dir)
     # Golden values change only now: a run that fails at its last variant changes none.
     for result, dataset in measured if update_golden else ():
         if result.replayed:

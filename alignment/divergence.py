@@ -34,7 +34,7 @@ from alignment.results import CauseCount, ExplainedBox, Explanation, WorstImage
 from alignment.risk import Risk
 from alignment.runners.base import Runner
 from alignment.runners.open import open_model, open_runner
-from alignment.runners.record import BOX_STEP, CANDIDATE_SCORE, CANDIDATES, SCORE_STEP, Candidates, Record
+from alignment.runners.record import BOX_STEP, SCORE_STEP, Candidates, Record
 from alignment.variant import Nms, Variant, load_variant
 
 #: How many boxes are shown as pictures, and from which IoU on other boxes are drawn in them.
@@ -269,8 +269,7 @@ def _from_candidates(
     What one side lacks lies below that score, and is put just there.
     """
     rows = np.union1d(one.rows, other.rows)
-    complete = [float(c.scores[-1]) if len(c.scores) == CANDIDATES else CANDIDATE_SCORE for c in (one, other)]
-    threshold = max(complete)
+    threshold = max(one.floor, other.floor)
     sides = []
     for own, others in ((one, other), (other, one)):
         boxes = np.zeros((rows.max(initial=0) + 1, 4), np.float32)

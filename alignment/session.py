@@ -109,15 +109,19 @@ def unavailable(variant: Variant, data: Path | None) -> str | None:
     return None
 
 
+def require_available(variant: Variant, data: Path | None) -> None:
+    """Raises AlignError for what `unavailable` finds."""
+    if reason := unavailable(variant, data):
+        what, _, mend = reason.rpartition(": ")
+        raise AlignError(what, mend)
+
+
 def require(variant: Variant, cases: list[Case], options: SessionOptions) -> None:
     """Raises AlignError when a variant was asked for by name that has no such case, or no weights or images here."""
     if not cases:
         raise AlignError(f"{variant.name}: none of its cases has this backend, precision and route", NO_CASE_MEND)
-    reason = unavailable(variant, options.data)
-    replayable = all(c.backend == "tensorrt" and has_record(options.run.golden, c) for c in cases)
-    if reason and not replayable:
-        what, _, mend = reason.rpartition(": ")
-        raise AlignError(what, mend)
+    if not all(c.backend == "tensorrt" and has_record(options.run.golden, c) for c in cases):
+        require_available(variant, options.data)
 
 
 def new_alignment(command: str) -> Alignment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -22,6 +23,7 @@ from rich.progress import (
 )
 
 from alignment.errors import AlignError
+from alignment.results import Alignment
 from alignment.storage import require_folder
 from alignment.variant import Variant, resized
 
@@ -74,6 +76,16 @@ def require_folders(named: dict[str, Path | None]) -> None:
     for option, path in named.items():
         if path is not None:
             require_folder(path, option)
+
+
+def write_report(alignment: Alignment, staging: Path, folder: Path) -> None:
+    """Writes a RUN into `folder`.  Pictures leave `staging` only now: what fails on its way leaves nothing behind."""
+    from alignment.report.run_folder import write_run
+
+    if (pictures := staging / "pictures").is_dir():
+        shutil.copytree(pictures, folder / "pictures", dirs_exist_ok=True)
+    write_run(alignment, folder)
+    out.print(f"report: {folder / 'report.html'}", markup=False)
 
 
 @contextmanager

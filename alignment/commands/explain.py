@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from alignment.commands.console import Data, Golden, Images, out, progress_bar, require_folders
+from alignment.commands.console import Data, Golden, Images, out, progress_bar, require_folders, write_report
 from alignment.errors import AlignError
 from alignment.results import Explanation
 from alignment.variant import golden_dir, load_variant
@@ -39,7 +38,6 @@ def explain(
     unexplained, or due to a threshold that differs though no option says so.
     """
     from alignment import session
-    from alignment.report.run_folder import write_run
 
     require_folders({"--out": out_dir})
     if len(what) not in (1, 2):
@@ -56,10 +54,7 @@ def explain(
         alignment.explanations.append(found)
         _print_explanation(found, show)
         if out_dir:
-            if (Path(staging) / "pictures").is_dir():
-                shutil.copytree(Path(staging) / "pictures", out_dir / "pictures", dirs_exist_ok=True)
-            write_run(alignment, out_dir)
-            out.print(f"report: {out_dir / 'report.html'}", markup=False)
+            write_report(alignment, Path(staging), out_dir)
     wrong = f"by a wrong setting: {found.wrong_settings}, " if found.wrong_settings else ""
     ap = "" if found.subject_ap is None else f"AP {found.reference_ap:.4f} and {found.subject_ap:.4f}, "
     out.print(
@@ -85,12 +80,10 @@ def _explain_variant(
     from alignment.data.samples import open_samples
     from alignment.divergence import HEADS, explain_variant, explanation
     from alignment.export.nms_head import require_boxes
-    from alignment.session import unavailable
+    from alignment.session import require_available
 
     variant = load_variant(name)
-    if reason := unavailable(variant, data):
-        what, _, mend = reason.rpartition(": ")
-        raise AlignError(what, mend)
+    require_available(variant, data)
     if backend not in HEADS:
         raise AlignError(f"--backend {backend}: no graph ends in NMS there", f"choose from {', '.join(HEADS)}")
     require_boxes(variant)

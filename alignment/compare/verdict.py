@@ -37,21 +37,21 @@ def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | No
         checks["input"] = [
             Check(name="inputs", value=equal, limit=f"= {looked}", ok=equal == looked, origin="the same bytes go in")
         ]
+    checks["raw"] = _finite(raw)
     if raw and "raw" in limits.tolerances:
-        worst = max(raw, key=_severity)
-        checks["raw"] = [_at_most("raw", worst, limits)]
+        checks["raw"].append(_at_most("raw", max(raw, key=_severity), limits))
     checks["decoded"] = [
-        _at_most(QUANTITIES[t.unit], t, limits) for t in decoded if QUANTITIES[t.unit] in limits.tolerances
+        *_finite(decoded),
+        *(_at_most(QUANTITIES[t.unit], t, limits) for t in decoded if QUANTITIES[t.unit] in limits.tolerances),
+        *(
+            Check(name=name, value=there, limit=f"= {due}", ok=there == due, origin="what a record holds")
+            for name, (there, due) in measured.held.items()
+        ),
     ]
-    checks["raw"][:0], checks["decoded"][:0] = _finite(raw), _finite(decoded)
-    checks["decoded"] += [
-        Check(name=name, value=there, limit=f"= {due}", ok=there == due, origin="what a record holds")
-        for name, (there, due) in measured.held.items()
-    ]
-    if "detections" not in measured.notes:
-        checks["detections"] = _held({"agreement": measured.agreement}, limits)
     if measured.nonfinite:
-        checks["detections"].insert(0, _not_finite("detections", measured.nonfinite))
+        checks["detections"].append(_not_finite("detections", measured.nonfinite))
+    if "detections" not in measured.notes:
+        checks["detections"] += _held({"agreement": measured.agreement}, limits)
     checks["map"] = _ap_checks(measured, limits, images, dataset)
     stages = []
     for name in STAGES:

@@ -27,6 +27,11 @@ class ImageEntry:
     path: Path
 
 
+def annotation_file(root: Path, split: str) -> Path:
+    """Where the annotations of a split lie below a COCO-layout folder."""
+    return root / "annotations" / f"instances_{split}.json"
+
+
 @dataclass
 class CocoDataset:
     """Images and truth of one split.
@@ -63,7 +68,7 @@ class CocoDataset:
             AlignError: naming the file that is missing, unreadable or does not fit.
         """
         layout = f"--data takes a folder with annotations/instances_{split}.json and {split}/"
-        return cls.read(root / "annotations" / f"instances_{split}.json", root / split, root, split, layout, limit)
+        return cls.read(annotation_file(root, split), root / split, root, split, layout, limit)
 
     @classmethod
     def read(

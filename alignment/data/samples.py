@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment.data.coco import CocoDataset, ImageEntry, read_image
+from alignment.data.coco import CocoDataset, ImageEntry, annotation_file, read_image
 from alignment.data.dota import open_dota
 from alignment.data.preprocess import Transform, preprocess
 from alignment.data.synthetic import synthetic_root
@@ -88,7 +88,7 @@ def dataset_root(variant: Variant, data: Path | None = None) -> Path | None:
 def calibration_annotations(variant: Variant, data: Path | None = None) -> Path | None:
     """The annotation file of the images that int8 is calibrated on; None of a set that is drawn or has no splits."""
     root = dataset_root(variant, data) if variant.dataset == "coco" else None
-    return None if root is None else root / "annotations" / f"instances_{CALIBRATION_SPLIT}.json"
+    return None if root is None else annotation_file(root, CALIBRATION_SPLIT)
 
 
 def images_mend(variant: Variant) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from alignment.data.coco import annotation_file
 from alignment.storage import cache_dir, locked, writing_folder
 
 # COCO's category ids have gaps and class indices do not: the gaps here keep that mapping honest.
@@ -92,7 +93,7 @@ def write_images(
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in categories.items()],
     }
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
+    annotation_file(root, split).write_text(json.dumps(truth))
 
 
 def _write_image(

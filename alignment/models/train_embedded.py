@@ -38,6 +38,7 @@ import typer
 
 from alignment import __version__
 from alignment.data import synthetic, synthetic_rotated
+from alignment.data.coco import annotation_file
 from alignment.export.onnx_export import file_digest
 from alignment.models.mmyolo_source import load_config
 from alignment.models.rescale import rescale_channels
@@ -198,7 +199,7 @@ def training_root(variant: Variant, images: int = TRAIN_IMAGES) -> Path:
 
 def _write_dota(root: Path, split: str) -> None:
     """The annotations once more in DOTA's own form, a text file an image, which mmrotate's dataset reads."""
-    truth = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+    truth = json.loads(annotation_file(root, split).read_text())
     names = {c["id"]: c["name"] for c in truth["categories"]}
     lines: dict[int, list[str]] = {image["id"]: [] for image in truth["images"]}
     for entry in truth["annotations"]:

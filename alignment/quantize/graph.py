@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import onnx
@@ -169,7 +170,7 @@ class OnnxGraph:
         return found
 
 
-def attribute(node: NodeProto, name: str, default: int | str) -> int | str:
+def attribute(node: NodeProto, name: str, default: Any) -> Any:
     """An attribute of a node, strings decoded."""
     found = next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
     return found.decode() if isinstance(found, bytes) else found

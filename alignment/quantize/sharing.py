@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
 
+from alignment.quantize.graph import attribute
 from alignment.quantize.statistics import Statistics
 
 #: Operators that have all values of their first input, image by image.
@@ -82,7 +83,7 @@ def shared(model: onnx.ModelProto, names: list[str], shapes: Shapes, batch: int)
 
 
 def _moved(node: onnx.NodeProto, before: tuple[int, ...], after: tuple[int, ...]) -> Channels | None:
-    order = _attribute(node, "perm", list(reversed(range(len(before))))) if node.op_type == "Transpose" else None
+    order = attribute(node, "perm", list(reversed(range(len(before))))) if node.op_type == "Transpose" else None
     if order and order[0] != 0:
         return None
     if len(after) != 4:
@@ -92,16 +93,12 @@ def _moved(node: onnx.NodeProto, before: tuple[int, ...], after: tuple[int, ...]
 
 
 def _joined(node: onnx.NodeProto, rank: int) -> Channels | None:
-    axis = _attribute(node, "axis", 0) % rank
+    axis = attribute(node, "axis", 0) % rank
     if axis == 0:
         return None
     if rank != 4:
         return "all"
     return "after" if axis == 1 else "each"
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
 def _in_order(found: dict[str, Joined]) -> dict[str, Joined]:

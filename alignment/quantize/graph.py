@@ -140,6 +140,24 @@ class OnnxGraph:
         axis = self.weight_axis(node)
         return dims[-1] if axis == 0 else dims[-2], dims[axis]
 
+    def macs(self, node: NodeProto) -> int:
+        """Multiplications with learnt weights for one image, 0 for other nodes.
+
+        Each weight is used once for every pixel of the output, in a ConvTranspose of the input.
+
+        Raises:
+            AlignError: where height and width are not known.
+        """
+        weight = self.weight(node)
+        if weight is None or not self.learnt(node):
+            return 0
+        if node.op_type in ("Gemm", "MatMul"):
+            return int(np.prod(weight.dims))
+        pixels = self.spatial(node.input[0] if node.op_type == "ConvTranspose" else node.output[0])
+        if not pixels or 0 in pixels:
+            raise AlignError(f"node {node.name}: its output has no fixed size", "export with a fixed height and width")
+        return int(np.prod(weight.dims) * np.prod(pixels))
+
     def is_projection(self, node: NodeProto) -> bool:
         """Whether a node is the fixed sum of DFL, which weighs bins by 0, 1, 2, ...: no weights that were learnt."""
         weight = self.weight(node)

@@ -11,7 +11,7 @@ values have one scale before and after them, or TensorRT would have to requantiz
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from onnx import ModelProto, NodeProto
@@ -106,6 +106,28 @@ class Placement:
     activations: tuple[Quantizer, ...]
     weights: tuple[WeightQuantizer, ...]
     float_nodes: dict[str, str]
+
+    @property
+    def int8_nodes(self) -> tuple[str, ...]:
+        """The nodes that read int8, activations or weights; each can be taken out by itself, see `restricted`."""
+        readers = (name for quantizer in self.activations for name, _ in quantizer.readers)
+        return tuple(dict.fromkeys([*readers, *(quantizer.node for quantizer in self.weights)]))
+
+    def restricted(self, nodes: Collection[str], activations: bool = True, weights: bool = True) -> Placement:
+        """What of this placement `nodes` read; groups, and with them scales, stay those of the whole.
+
+        Args:
+            nodes: names among `int8_nodes`; the others read float.
+            activations: whether these nodes read their activations in int8.
+            weights: whether they read their weights in int8.
+        """
+        kept = []
+        for quantizer in self.activations if activations else ():
+            readers = tuple(reader for reader in quantizer.readers if reader[0] in nodes)
+            if readers:
+                kept.append(replace(quantizer, readers=readers))
+        own = tuple(quantizer for quantizer in self.weights if weights and quantizer.node in nodes)
+        return replace(self, activations=tuple(kept), weights=own)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ class Quantized:
     def ranges(self) -> tuple[tuple[str, float], ...]:
         """For the routes without QDQ: the range of every tensor, by name."""
         return tuple((name, value) for name, value in self.amax.items() if value > 0)
+
+    def only(self, nodes: Collection[str], activations: bool = True, weights: bool = True) -> onnx.ModelProto:
+        """The graph in which only these nodes read int8, of activations, weights or both; scales stay as they are."""
+        chosen = self.placement.restricted(nodes, activations, weights)
+        return write_qdq(onnx.load(self.source), chosen, self.scales, self.weight_scales)
 
     def cache(self, version: str = CACHE_VERSION) -> str:
         """The same as text of a calibration cache, for TensorRT of that version."""

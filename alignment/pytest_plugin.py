@@ -11,8 +11,9 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,6 +22,9 @@ from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
 from alignment.storage import require_folder
 from alignment.variant import Variant, golden_dir, load_variant, zoo
+
+if TYPE_CHECKING:
+    from alignment.quantize.recipe import Quantized
 
 MARKERS = {
     "fp32_alignment": "torch, ONNX Runtime and TensorRT give the same answers in FP32",
@@ -182,6 +186,22 @@ def aligned_case(request: pytest.FixtureRequest, alignment_store: Store) -> Case
     if result.status == "skip":
         (pytest.fail if request.config.option.strict_cases else pytest.skip)(result.reason)
     return result
+
+
+@pytest.fixture(scope="session")
+def quantized_build() -> Callable[[Variant], Quantized]:
+    """Quantizes a variant by its recipe, once a session; workers share what was calibrated through the cache."""
+    from alignment.quantize.recipe import quantize
+
+    built: dict[tuple[str, str], Quantized] = {}
+
+    def build(variant: Variant) -> Quantized:
+        key = variant.fingerprint(), variant.quantization.fingerprint()
+        if key not in built:
+            built[key] = quantize(variant)
+        return built[key]
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -87,10 +87,10 @@ def whole(tiny, samples, tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def yolov8() -> SimpleNamespace:
+def yolov8(quantized_build) -> SimpleNamespace:
     pytest.importorskip("mmyolo")
     variant = with_quantization(load_variant("yolov8_embedded"), {"images": 4})
-    return SimpleNamespace(variant=variant, source=exported(variant).onnx, quantized=recipe.quantize(variant))
+    return SimpleNamespace(variant=variant, source=exported(variant).onnx, quantized=quantized_build(variant))
 
 
 class TestActivations:

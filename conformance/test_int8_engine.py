@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ from alignment.engine.inspect import parse, reformats
 from alignment.engine.int8 import ranges_in_cache, read_cache, write_cache
 from alignment.engine.log import Log
 from alignment.errors import AlignError
-from alignment.quantize.recipe import graph_file, quantize
+from alignment.quantize.recipe import apply, graph_file
 from alignment.runners.int8 import tensorrt_build
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.runners.tensorrt import TensorRTRunner
@@ -88,13 +89,13 @@ def test_a_cache_is_read_as_ranges():
 
 
 @pytest.fixture(scope="module")
-def embedded():
+def embedded(quantized_build):
     """The embedded YOLOv8, calibrated on 4 images, and one image."""
     if reason := missing():
         pytest.skip(reason)
     pytest.importorskip("mmyolo")
     variant = with_quantization(load_variant("yolov8_embedded"), {"images": 4})
-    return variant, quantize(variant), next(iter(open_samples(variant, limit=1))).tensor[None]
+    return variant, quantized_build(variant), next(iter(open_samples(variant, limit=1))).tensor[None]
 
 
 @pytest.mark.gpu
@@ -110,10 +111,13 @@ def test_every_route_runs_convolutions_in_int8(embedded, route):
         layers = runner.layers()
     int8 = [one for one in layers if "Conv" in one.kind and "Int8" in one.types]
     assert len(int8) >= len(quantized.placement.weights) / 2
-    graph = OnnxRuntimeRunner(graph_file(quantized.model, "tiny"), optimize=False)
-    assert np.abs(scores - graph.run(image)["scores"]).max() < 0.35  # entropy is far off on few images
+    same_ranges = quantized
     if build.images is not None:
         found = ranges_in_cache(build.images.cache)
+        same_ranges = apply(quantized.source, variant.quantization, quantized.calibration, found)
+    graph = OnnxRuntimeRunner(graph_file(same_ranges.model, "tiny"), optimize=False)
+    assert np.abs(scores - graph.run(image)["scores"]).max() < 0.35
+    if build.images is not None:
         observed = quantized.calibration.amax("minmax")
         assert len(found.keys() & observed.keys()) > 0.5 * len(observed)
         if route == "implicit_minmax":
@@ -126,5 +130,7 @@ def test_a_range_that_is_missing_is_told(embedded):
     _, quantized, _ = embedded
     some = tuple(quantized.ranges[:20])
     log = Log()
-    build_engine(quantized.source, BuildOptions(precision="int8", ranges=some), log)
+    # TensorRT 8.6 may find no kernel for a convolution half of whose tensors have a range: that is told too.
+    with contextlib.suppress(AlignError):
+        build_engine(quantized.source, BuildOptions(precision="int8", ranges=some), log)
     assert any("missing scale" in text for _, text in log.messages)

@@ -49,10 +49,10 @@ def small(name: str) -> Variant:
 
 
 @pytest.fixture(scope="module")
-def yolov8() -> SimpleNamespace:
+def yolov8(quantized_build) -> SimpleNamespace:
     variant = small("yolov8_embedded")
     image = torch.from_numpy(next(iter(open_samples(variant, limit=1))).tensor[None])
-    return SimpleNamespace(variant=variant, quantized=recipe.quantize(variant), image=image)
+    return SimpleNamespace(variant=variant, quantized=quantized_build(variant), image=image)
 
 
 def onnx_fake_quantize(values: np.ndarray, scale: np.ndarray, axis: int | None) -> np.ndarray:

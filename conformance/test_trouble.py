@@ -15,8 +15,8 @@ from alignment.variant import load_variant, with_quantization
 
 
 @pytest.fixture(scope="module")
-def sound() -> Quantized:
-    return recipe.quantize(with_quantization(load_variant("yolov8_embedded"), {"images": 4, "method": "percentile"}))
+def sound(quantized_build) -> Quantized:
+    return quantized_build(with_quantization(load_variant("yolov8_embedded"), {"images": 4, "method": "percentile"}))
 
 
 def kinds(found: list[Trouble]) -> set[str]:

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from alignment.engine.capabilities import Capabilities, gpu, require
 from alignment.engine.int8 import CalibrationImages, CalibratorKind, make_calibrator, set_ranges
-from alignment.engine.log import Log, Message, listening
+from alignment.engine.log import Log, Message, listening, warnings_of
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.storage import cache_dir, locked, writing
@@ -188,7 +188,8 @@ def build_engine(onnx_path: Path, options: BuildOptions, log: Log, images: Calib
         calibrator = _add_int8(builder, network, config, options, images, log)  # lives until the build is done
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            mend = _mend(" ".join(log.errors(last=20)), ability)
+            unranged = [line for line in warnings_of(log.messages) if line.startswith("missing scale")]
+            mend = _mend(" ".join(log.errors(last=20) + unranged), ability)
             raise AlignError(f"{onnx_path}: TensorRT {ability.version} cannot build it: {_last(log)}", mend)
         del calibrator
         return bytes(plan)
@@ -362,6 +363,8 @@ def _mend(reason: str, ability: Capabilities) -> str:
         return f"TopK takes a constant K of at most {ability.topk_limit} in TensorRT: lower nms_pre and export again"
     if "plugin" in text or "no importer" in text:
         return "load the library of that plugin first, or export without the operator"
+    if "could not find any implementation" in text and "missing scale" in text:
+        return "give every tensor a range: `align quantize` writes them all"
     if "memory" in text:
         return "give more workspace, a smaller max batch, or free the GPU"
     return "look that node up in the ONNX file, and the message in the issues of NVIDIA/TensorRT"

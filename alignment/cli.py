@@ -145,6 +145,7 @@ def layers(
     backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt")] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="fp32, fp16, or on tensorrt tf32")] = "fp32",
     data: Data = None,
+    size: Size = None,
     show: Annotated[int, typer.Option(help="how many of the tensors furthest out of the band to list")] = 10,
 ) -> None:
     """Hold every intermediate tensor to float64 on one image, and name the first node that leaves the band."""
@@ -156,7 +157,7 @@ def layers(
     from alignment.layers import RANGE, compare_layers, first_outside, first_range_fault
     from alignment.runners.open import open_model
 
-    chosen = load_variant(variant)
+    chosen = sized(load_variant(variant), size)
     cases: list[Case] = cases_of(chosen, (backend,), (precision,))
     if not cases or backend == "torch":
         raise AlignError(

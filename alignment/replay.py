@@ -81,7 +81,8 @@ def replay(variant: Variant, case: Case, golden: Path, samples: Samples | None) 
             "worst": [],
         }
     )
-    result.reason = f"{explain(result)} (replayed record of {recorded.provenance.get('gpu', 'another machine')})"
+    gpu = recorded.provenance.get("gpu", "another machine")
+    result.reason = f"{explain(result, variant)} (replayed record of {gpu})"
     return result
 
 

@@ -22,6 +22,7 @@ from alignment.commands.console import (
     Images,
     Size,
     out,
+    print_table,
     progress_bar,
     reported,
     require_folders,
@@ -176,7 +177,7 @@ def layers(
     for layer in worst[:show]:
         ratio = layer.error / layer.band if layer.band else 0.0
         table.add_row(layer.node, layer.op, f"{layer.error:.3g}", f"{layer.band:.3g}", f"{ratio:.2f}")
-    out.print(table)
+    print_table(table)
     first, fault = first_outside(found), first_range_fault(found)
     if first:
         out.print(f"first outside the float64 band: {first.place}", markup=False)
@@ -211,7 +212,7 @@ def variants() -> None:
         if missing:
             here = "no " + ("weights" if not v.weights.is_file() else "mmrotate" if "mmrotate" in missing else "images")
         table.add_row(v.name, source, f"{v.input.height} x {v.input.width}", str(v.classes), v.dataset, here)
-    out.print(table)
+    print_table(table)
 
 
 @app.command()
@@ -224,7 +225,7 @@ def doctor() -> None:
     for finding in examine():
         colour = {"ok": "green", "missing": "red", "note": "yellow"}[finding.state]
         table.add_row(finding.what, f"[{colour}]{finding.state}[/]", finding.detail)
-    out.print(table)
+    print_table(table)
 
 
 @app.command()
@@ -255,11 +256,12 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _print_results(alignment: Alignment) -> None:
-    table = Table("case", "verdict", "why")
+    table = Table(Column("case", no_wrap=True), "verdict", "why")
     colours = {"pass": "green", "fail": "red", "skip": "yellow"}
     for case in alignment.cases:
         table.add_row(case.case.id, f"[{colours[case.status]}]{case.status}[/]", _plain(case))
-    out.print(table)
+    longest = max(len(case.case.id) for case in alignment.cases)
+    print_table(table, least=longest + 40)  # room for the verdict and a few words
     for name in dict.fromkeys(c.case.variant for c in alignment.cases):
         bare, images = alignment.timing.get(f"{name}.bare_s"), alignment.timing.get(f"{name}.images_s")
         if bare and images:

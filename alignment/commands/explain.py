@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from alignment.commands.console import Data, Golden, Images, out, progress_bar, require_folders, write_report
+from alignment.commands.console import (
+    Data,
+    Golden,
+    Images,
+    out,
+    print_table,
+    progress_bar,
+    require_folders,
+    write_report,
+)
 from alignment.errors import AlignError
 from alignment.results import Explanation
 from alignment.variant import golden_dir, load_variant
@@ -120,7 +129,7 @@ def _print_explanation(found: Explanation, show: int) -> None:
         ap = "-" if cause.ap_without is None else f"{cause.ap_without:.4f}"
         table.add_row(cause.cause, str(cause.boxes), str(cause.followers or "-"), ap)
     if found.causes:
-        out.print(table)
+        print_table(table)
     for box in found.boxes[:show]:
         follows = f" of {box.follows}" if box.follows else ""
         out.print(

@@ -258,8 +258,10 @@ def _split(text: str) -> tuple[str, ...]:
 def _print_results(alignment: Alignment) -> None:
     table = Table(Column("case", no_wrap=True), "verdict", "why")
     colours = {"pass": "green", "fail": "red", "skip": "yellow"}
-    for case in alignment.cases:
-        table.add_row(case.case.id, f"[{colours[case.status]}]{case.status}[/]", _plain(case))
+    for cases in _together(alignment.cases):
+        ids, first = [case.case.id for case in cases], cases[0]
+        why = _plain(first) if len(ids) == 1 else f"{len(ids)} cases: {_plain(first)}"
+        table.add_row("\n".join(ids), f"[{colours[first.status]}]{first.status}[/]", why)
     longest = max(len(case.case.id) for case in alignment.cases)
     print_table(table, least=longest + 40)  # room for the verdict and a few words
     for name in dict.fromkeys(c.case.variant for c in alignment.cases):
@@ -273,6 +275,14 @@ def _print_results(alignment: Alignment) -> None:
                 f"{ratio:.2f} x (loading models took {start:.1f} s more)",
                 markup=False,
             )
+
+
+def _together(cases: list[CaseResult]) -> list[list[CaseResult]]:
+    """The cases, those in one list that are skipped for one reason."""
+    rows: dict[str, list[CaseResult]] = {}
+    for case in cases:
+        rows.setdefault(case.reason if case.status == "skip" else case.case.id, []).append(case)
+    return list(rows.values())
 
 
 def _plain(case: CaseResult) -> str:

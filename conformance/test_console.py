@@ -63,3 +63,16 @@ def test_doctor_cuts_no_path(tmp_path, monkeypatch, columns):
     assert str(cache) in joined(table)
     assert (str(cache) in table) == (columns is None)
     assert columns is None or max(map(len, table.splitlines())) == columns
+
+
+def test_cases_that_are_skipped_for_one_reason_share_a_row(monkeypatch, printed):
+    terminal(monkeypatch, None)
+    skipped = [case(route, "skip", "no [GPU] here") for route in ("qdq", "implicit", "dynamic_range")]
+    other, failed = case("implicit_legacy", "skip", "gone from 11"), case("implicit_minmax", "fail", "no [GPU] here")
+    table = printed(skipped[0], failed, *skipped[1:], other)
+    rows = table.splitlines()
+    ids = [one.case.id for one in (*skipped, failed, other)]
+    assert [name for row in rows for name in ids if f" {name} " in row] == ids
+    assert table.count("3 cases: no [GPU] here") == 1
+    assert table.count("no [GPU] here") == 2
+    assert "│ gone from 11 " in table

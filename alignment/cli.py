@@ -266,6 +266,8 @@ def _print_results(alignment: Alignment) -> None:
         table.add_row("\n".join(ids), f"[{colours[first.status]}]{first.status}[/]", why)
     longest = max(len(case.case.id) for case in alignment.cases)
     print_table(table, least=longest + 40)  # room for the verdict and a few words
+    for name, doubt in dict.fromkeys((c.case.variant, doubt) for c in alignment.cases for doubt in c.doubts):
+        out.print(f"[yellow]warning: {name}: {doubt}[/]")
     for name in dict.fromkeys(c.case.variant for c in alignment.cases):
         bare, images = alignment.timing.get(f"{name}.bare_s"), alignment.timing.get(f"{name}.images_s")
         if bare and images:

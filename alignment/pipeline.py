@@ -17,7 +17,7 @@ from alignment.case import Case, reference_of, twin_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import SCORE, Agreement, agree
 from alignment.compare.measure import Measured, TensorErrors, count_agreement
-from alignment.compare.verdict import NOT_FINITE, first_difference, judge, wrong_side
+from alignment.compare.verdict import NOT_FINITE, doubts, first_difference, judge, wrong_side
 from alignment.data.coco import CocoDataset, read_image
 from alignment.data.samples import Sample, Samples
 from alignment.golden import limits, read_golden
@@ -208,7 +208,7 @@ def _judge_sides(
             stages=stages,
             scores=measured.scores,
             timing=Timing(inference_s=side.inference_s, images=len(samples)),
-            warnings=side.runner.warnings,
+            warnings=[*side.runner.warnings, *doubts(measured.scores)],
             notes=[note for note in (variant.notes, referee.note) if note],
             provenance={
                 **side.runner.provenance,

@@ -135,7 +135,8 @@ def export(
     head = None if nms is None else NmsHead(nms, chosen.nms)  # type: ignore[arg-type]
     if head:
         require_boxes(chosen)
-    model = write(chosen, out_dir, ExportOptions(opset, batch, outputs))  # type: ignore[arg-type]
+    stem = f"{chosen.name}.{head.kind}" if head else chosen.name
+    model = write(chosen, out_dir, ExportOptions(opset, batch, outputs), stem)  # type: ignore[arg-type]
     for note in end_in_nms(model.onnx, head, topk) if head else ():
         out.print(note, markup=False)
     out.print(f"wrote {model.onnx}\nwrote {model.node_map}", markup=False)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 import yaml
 from command_line import RUN, align, checkpoint, dataset, python, truncated
@@ -96,6 +97,23 @@ def test_golden_stays_as_it_is_when_a_later_variant_cannot_be_run(recorded, tmp_
     result = align(*RUN, command[1], "--data", command[-1], "--golden", recorded, "--update-golden", "why")
     assert result.exit_code == 2, result.output
     assert (recorded / "yolov8_embedded.yaml").read_bytes() == before
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_exports_that_end_otherwise_lie_beside_each_other(tmp_path):
+    kinds = (), ("--nms", "efficient_nms"), ("--nms", "onnx_nms")
+    for kind in kinds:
+        result = align("export", "yolov8_embedded", "--out", tmp_path, *kind)
+        assert result.exit_code == 0, result.output
+        wrote = [line.removeprefix("wrote ") for line in result.stdout.splitlines() if line.startswith("wrote ")]
+        assert wrote
+        assert all(Path(path).is_file() for path in wrote)
+    stems = [".".join(["yolov8_embedded", *kind[1:]]) for kind in kinds]
+    names = [f"{stem}.{end}" for stem in stems for end in ("onnx", "node_map.json")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    ends = [{node.op_type for node in onnx.load(tmp_path / f"{stem}.onnx").graph.node} for stem in stems]
+    found = [ops & {"EfficientNMS_TRT", "NonMaxSuppression"} for ops in ends]
+    assert found == [set(), {"EfficientNMS_TRT"}, {"NonMaxSuppression"}]
 
 
 @pytest.mark.usefixtures("needs_mmyolo")

@@ -259,7 +259,7 @@ def test_export_ends_in_nms(samples, tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert "TopK: of 2100 rows the 2000 of lowest best score never reach NMS" in done.stdout
-    with OnnxRuntimeRunner(tmp_path / "yolov8_embedded.onnx") as deployed:
+    with OnnxRuntimeRunner(tmp_path / "yolov8_embedded.onnx_nms.onnx") as deployed:
         named = deployed.run(next(iter(samples)).tensor[None])
     assert set(named) == {"detections", "selected"}
     assert named["detections"].shape[1] == 7

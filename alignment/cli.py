@@ -21,6 +21,7 @@ from alignment.commands.console import (
     Golden,
     Images,
     Size,
+    VariantName,
     out,
     print_table,
     progress_bar,
@@ -44,20 +45,22 @@ def run(
     variants: Annotated[
         list[str] | None, typer.Argument(help="names or YAML files; default: the embedded ones")
     ] = None,
-    backend: Annotated[str, typer.Option(help="comma-separated")] = "torch,onnxruntime,tensorrt",
+    backend: Annotated[
+        str, typer.Option(help="comma-separated: torch, onnxruntime, tensorrt")
+    ] = "torch,onnxruntime,tensorrt",
     precision: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, fp16, int8")] = "fp32",
-    route: Annotated[str, typer.Option(help="of int8, comma-separated; default: all")] = ",".join(ROUTES),
+    route: Annotated[str, typer.Option(help="how int8 reaches a backend, comma-separated")] = ",".join(ROUTES),
     data: Data = None,
     images: Images = None,
     size: Size = None,
     batch: Annotated[int, typer.Option(min=1, help="images that go through a backend at once")] = 1,
     out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
     golden: Golden = None,
-    records: Annotated[Path | None, typer.Option(help="write records of this run into this folder")] = None,
+    records: Annotated[Path | None, typer.Option(help="folder to write records of this run into")] = None,
     update_golden: Annotated[
-        str | None, typer.Option(metavar="REASON", help="write what is measured as golden")
+        str | None, typer.Option(metavar="REASON", help="write what is measured as golden values")
     ] = None,
-    strict: Annotated[bool, typer.Option(help="a case that cannot be run fails")] = False,
+    strict: Annotated[bool, typer.Option(help="a case that is skipped is a failure")] = False,
 ) -> None:
     """Run variants through the backends, compare them stage by stage, and say whether they are aligned."""
     from alignment import session
@@ -112,16 +115,22 @@ def table(run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help=
 @app.command()
 @reported
 def export(
-    variant: str,
+    variant: VariantName,
     out_dir: Annotated[Path, typer.Option("--out", help="folder for the ONNX file and its node map")] = Path("."),
-    opset: Annotated[int, typer.Option(help="13 to 17")] = 17,
+    opset: Annotated[int, typer.Option(help="of ONNX, 13 to 17")] = 17,
     batch: Annotated[int | None, typer.Option(help="fixed batch size; default: dynamic")] = None,
-    outputs: Annotated[str, typer.Option(help="decoded, raw or both")] = "decoded",
-    nms: Annotated[str | None, typer.Option(help="end the graph in efficient_nms (TensorRT's) or onnx_nms")] = None,
-    topk: Annotated[int | None, typer.Option(help="with --nms: only so many rows go on to it; default: all")] = None,
+    outputs: Annotated[
+        str, typer.Option(help="decoded (boxes and scores), raw (of the last convolutions) or both")
+    ] = "decoded",
+    nms: Annotated[
+        str | None, typer.Option(help="end the graph in efficient_nms (TensorRT's plugin) or onnx_nms")
+    ] = None,
+    topk: Annotated[
+        int | None, typer.Option(help="with --nms: only so many rows of best score go on to it; default: all")
+    ] = None,
     size: Size = None,
 ) -> None:
-    """Export a variant to ONNX, with its node map beside it."""
+    """Export a variant to ONNX, with its node map (ONNX node to torch module) beside it."""
     from alignment.export.nms_head import NmsHead, end_in_nms, require_boxes
     from alignment.export.onnx_export import ExportOptions
     from alignment.export.onnx_export import export as write
@@ -145,14 +154,14 @@ def export(
 @app.command()
 @reported
 def layers(
-    variant: str,
+    variant: VariantName,
     backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt")] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="fp32, fp16, or on tensorrt tf32")] = "fp32",
     data: Data = None,
     size: Size = None,
-    show: Annotated[int, typer.Option(help="how many of the tensors furthest out of the band to list")] = 10,
+    show: Annotated[int, typer.Option(help="how many tensors to list, those first that are furthest off")] = 10,
 ) -> None:
-    """Hold every intermediate tensor to float64 on one image, and name the first node that leaves the band."""
+    """Hold every intermediate tensor to float64 on one image, and name the first that is off by more than rounding."""
     from alignment.case import Case, cases_of
     from alignment.data.samples import open_samples
     from alignment.export.float16 import float32_nodes
@@ -234,7 +243,7 @@ def doctor() -> None:
 @app.command()
 @reported
 def schema() -> None:
-    """Print the JSON schema of ``alignment.json``."""
+    """Print the JSON schema of alignment.json."""
     from alignment.report.run_folder import json_schema
 
     out.print(json.dumps(json_schema(), indent=2), markup=False)
@@ -243,7 +252,7 @@ def schema() -> None:
 @app.command()
 @reported
 def synthetic() -> None:
-    """Draw the embedded synthetic set and print where it is."""
+    """Draw the synthetic images of the embedded variants, and print where they are."""
     from alignment.data.synthetic import synthetic_root
 
     out.print(str(synthetic_root()), markup=False)

@@ -33,10 +33,14 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 #: Characters of a line where no terminal limits it.
 _UNLIMITED = 100_000
 
-Data = Annotated[Path | None, typer.Option(help="COCO-layout root, for variants on COCO; default $ALIGN_DATA/coco")]
-Images = Annotated[int | None, typer.Option(min=1, help="the first so many images only")]
+VariantName = Annotated[str, typer.Argument(help="name of a variant of the zoo, or YAML file")]
+Data = Annotated[
+    Path | None, typer.Option(help="folder in COCO layout, for variants on COCO; default: $ALIGN_DATA/coco")
+]
+Images = Annotated[int | None, typer.Option(min=1, help="only the first so many images")]
 Size = Annotated[
-    str | None, typer.Option(metavar="HxW", help="another input size, 416 or 384x640; default: the variant's own")
+    str | None,
+    typer.Option(metavar="HxW", help="another input size, such as 416 or 384x640; default: the variant's own"),
 ]
 Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
 

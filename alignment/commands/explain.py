@@ -30,24 +30,26 @@ _RANK = re.compile(r", rank \d+$")
 
 
 def explain(
-    what: Annotated[list[str], typer.Argument(metavar="VARIANT | RECORD RECORD", help="records: their JSON files")],
+    what: Annotated[
+        list[str], typer.Argument(metavar="VARIANT | RECORD RECORD", help="a variant, or the JSON files of two records")
+    ],
     backend: Annotated[
         str, typer.Option(help="onnxruntime (ends in NonMaxSuppression) or tensorrt (EfficientNMS_TRT)")
     ] = "onnxruntime",
     data: Data = None,
     images: Images = None,
-    score_threshold: Annotated[float | None, typer.Option(help="of both sides; default: the variant's")] = None,
-    deployed_score_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
-    deployed_iou_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
+    score_threshold: Annotated[float | None, typer.Option(help="of both NMS; default: the variant's")] = None,
+    deployed_score_threshold: Annotated[float | None, typer.Option(help="another one for the deployed NMS")] = None,
+    deployed_iou_threshold: Annotated[float | None, typer.Option(help="another one for the deployed NMS")] = None,
     topk: Annotated[int | None, typer.Option(help="only so many rows go on to the deployed NMS; default: all")] = None,
     golden: Golden = None,
     show: Annotated[int, typer.Option(min=0, help="how many lines of boxes to print, those alike in one")] = 20,
     out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
 ) -> None:
-    """Explain every detection that mmyolo's NMS and the one at the end of a deployed graph do not both keep alike.
+    """Explain, box by box, why the NMS at the end of a deployed graph keeps other boxes than mmyolo's.
 
-    Of two records: every one that they do not both lead to under the variant's own NMS.  Exit status 1: something is
-    unexplained, or due to a threshold that differs though no option says so.
+    Of two records: why the variant's own NMS keeps other boxes of the one than of the other.  Exit status 1: something
+    is unexplained, or due to a threshold that differs though no option says so.
     """
     from alignment import session
 

@@ -274,7 +274,7 @@ def _print_results(alignment: Alignment) -> None:
         ids, first = [case.case.id for case in cases], cases[0]
         why = _plain(first) if len(ids) == 1 else f"{len(ids)} cases: {_plain(first)}"
         table.add_row("\n".join(ids), f"[{colours[first.status]}]{first.status}[/]", why)
-    longest = max(len(case.case.id) for case in alignment.cases)
+    longest = max((len(case.case.id) for case in alignment.cases), default=0)
     print_table(table, least=longest + 40)  # room for the verdict and a few words
     for name, doubt in dict.fromkeys((c.case.variant, doubt) for c in alignment.cases for doubt in c.doubts):
         out.print(f"[yellow]warning: {name}: {doubt}[/]")

@@ -21,7 +21,9 @@ from alignment.commands.console import (
     Golden,
     Images,
     Size,
+    VariantName,
     out,
+    print_table,
     progress_bar,
     reported,
     require_folders,
@@ -43,20 +45,22 @@ def run(
     variants: Annotated[
         list[str] | None, typer.Argument(help="names or YAML files; default: the embedded ones")
     ] = None,
-    backend: Annotated[str, typer.Option(help="comma-separated")] = "torch,onnxruntime,tensorrt",
+    backend: Annotated[
+        str, typer.Option(help="comma-separated: torch, onnxruntime, tensorrt")
+    ] = "torch,onnxruntime,tensorrt",
     precision: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, fp16, int8")] = "fp32",
-    route: Annotated[str, typer.Option(help="of int8, comma-separated; default: all")] = ",".join(ROUTES),
+    route: Annotated[str, typer.Option(help="how int8 reaches a backend, comma-separated")] = ",".join(ROUTES),
     data: Data = None,
     images: Images = None,
     size: Size = None,
     batch: Annotated[int, typer.Option(min=1, help="images that go through a backend at once")] = 1,
     out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
     golden: Golden = None,
-    records: Annotated[Path | None, typer.Option(help="write records of this run into this folder")] = None,
+    records: Annotated[Path | None, typer.Option(help="folder to write records of this run into")] = None,
     update_golden: Annotated[
-        str | None, typer.Option(metavar="REASON", help="write what is measured as golden")
+        str | None, typer.Option(metavar="REASON", help="write what is measured as golden values")
     ] = None,
-    strict: Annotated[bool, typer.Option(help="a case that cannot be run fails")] = False,
+    strict: Annotated[bool, typer.Option(help="a case that is skipped is a failure")] = False,
 ) -> None:
     """Run variants through the backends, compare them stage by stage, and say whether they are aligned."""
     from alignment import session
@@ -92,8 +96,10 @@ def run(
             out.print(f"{result.case.id}: replayed, which measures nothing: its golden values stay", markup=False)
         else:
             out.print(f"wrote {update(folder, result, dataset, str(update_golden))}", markup=False)
-    failed = any(c.status == "fail" or (strict and c.status == "skip") for c in alignment.cases)
-    raise typer.Exit(1 if failed else 0)
+    skipped = sum(case.status == "skip" for case in alignment.cases) if strict else 0
+    if skipped:
+        out.print(f"{skipped} case{'s' * (skipped > 1)} skipped: --strict makes that a failure", markup=False)
+    raise typer.Exit(1 if skipped or not alignment.aligned else 0)
 
 
 @app.command()
@@ -109,16 +115,22 @@ def table(run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help=
 @app.command()
 @reported
 def export(
-    variant: str,
+    variant: VariantName,
     out_dir: Annotated[Path, typer.Option("--out", help="folder for the ONNX file and its node map")] = Path("."),
-    opset: Annotated[int, typer.Option(help="13 to 17")] = 17,
+    opset: Annotated[int, typer.Option(help="of ONNX, 13 to 17")] = 17,
     batch: Annotated[int | None, typer.Option(help="fixed batch size; default: dynamic")] = None,
-    outputs: Annotated[str, typer.Option(help="decoded, raw or both")] = "decoded",
-    nms: Annotated[str | None, typer.Option(help="end the graph in efficient_nms (TensorRT's) or onnx_nms")] = None,
-    topk: Annotated[int | None, typer.Option(help="with --nms: only so many rows go on to it; default: all")] = None,
+    outputs: Annotated[
+        str, typer.Option(help="decoded (boxes and scores), raw (of the last convolutions) or both")
+    ] = "decoded",
+    nms: Annotated[
+        str | None, typer.Option(help="end the graph in efficient_nms (TensorRT's plugin) or onnx_nms")
+    ] = None,
+    topk: Annotated[
+        int | None, typer.Option(help="with --nms: only so many rows of best score go on to it; default: all")
+    ] = None,
     size: Size = None,
 ) -> None:
-    """Export a variant to ONNX, with its node map beside it."""
+    """Export a variant to ONNX, with its node map (ONNX node to torch module) beside it."""
     from alignment.export.nms_head import NmsHead, end_in_nms, require_boxes
     from alignment.export.onnx_export import ExportOptions
     from alignment.export.onnx_export import export as write
@@ -132,7 +144,8 @@ def export(
     head = None if nms is None else NmsHead(nms, chosen.nms)  # type: ignore[arg-type]
     if head:
         require_boxes(chosen)
-    model = write(chosen, out_dir, ExportOptions(opset, batch, outputs))  # type: ignore[arg-type]
+    stem = f"{chosen.name}.{head.kind}" if head else chosen.name
+    model = write(chosen, out_dir, ExportOptions(opset, batch, outputs), stem)  # type: ignore[arg-type]
     for note in end_in_nms(model.onnx, head, topk) if head else ():
         out.print(note, markup=False)
     out.print(f"wrote {model.onnx}\nwrote {model.node_map}", markup=False)
@@ -141,13 +154,14 @@ def export(
 @app.command()
 @reported
 def layers(
-    variant: str,
+    variant: VariantName,
     backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt")] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="fp32, fp16, or on tensorrt tf32")] = "fp32",
     data: Data = None,
-    show: Annotated[int, typer.Option(help="how many of the tensors furthest out of the band to list")] = 10,
+    size: Size = None,
+    show: Annotated[int, typer.Option(help="how many tensors to list, those first that are furthest off")] = 10,
 ) -> None:
-    """Hold every intermediate tensor to float64 on one image, and name the first node that leaves the band."""
+    """Hold every intermediate tensor to float64 on one image, and name the first that is off by more than rounding."""
     from alignment.case import Case, cases_of
     from alignment.data.samples import open_samples
     from alignment.export.float16 import float32_nodes
@@ -156,7 +170,7 @@ def layers(
     from alignment.layers import RANGE, compare_layers, first_outside, first_range_fault
     from alignment.runners.open import open_model
 
-    chosen = load_variant(variant)
+    chosen = sized(load_variant(variant), size)
     cases: list[Case] = cases_of(chosen, (backend,), (precision,))
     if not cases or backend == "torch":
         raise AlignError(
@@ -175,7 +189,7 @@ def layers(
     for layer in worst[:show]:
         ratio = layer.error / layer.band if layer.band else 0.0
         table.add_row(layer.node, layer.op, f"{layer.error:.3g}", f"{layer.band:.3g}", f"{ratio:.2f}")
-    out.print(table)
+    print_table(table)
     first, fault = first_outside(found), first_range_fault(found)
     if first:
         out.print(f"first outside the float64 band: {first.place}", markup=False)
@@ -210,7 +224,7 @@ def variants() -> None:
         if missing:
             here = "no " + ("weights" if not v.weights.is_file() else "mmrotate" if "mmrotate" in missing else "images")
         table.add_row(v.name, source, f"{v.input.height} x {v.input.width}", str(v.classes), v.dataset, here)
-    out.print(table)
+    print_table(table)
 
 
 @app.command()
@@ -223,13 +237,13 @@ def doctor() -> None:
     for finding in examine():
         colour = {"ok": "green", "missing": "red", "note": "yellow"}[finding.state]
         table.add_row(finding.what, f"[{colour}]{finding.state}[/]", finding.detail)
-    out.print(table)
+    print_table(table)
 
 
 @app.command()
 @reported
 def schema() -> None:
-    """Print the JSON schema of ``alignment.json``."""
+    """Print the JSON schema of alignment.json."""
     from alignment.report.run_folder import json_schema
 
     out.print(json.dumps(json_schema(), indent=2), markup=False)
@@ -238,7 +252,7 @@ def schema() -> None:
 @app.command()
 @reported
 def synthetic() -> None:
-    """Draw the embedded synthetic set and print where it is."""
+    """Draw the synthetic images of the embedded variants, and print where they are."""
     from alignment.data.synthetic import synthetic_root
 
     out.print(str(synthetic_root()), markup=False)
@@ -254,11 +268,16 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _print_results(alignment: Alignment) -> None:
-    table = Table("case", "verdict", "why")
+    table = Table(Column("case", no_wrap=True), "verdict", "why")
     colours = {"pass": "green", "fail": "red", "skip": "yellow"}
-    for case in alignment.cases:
-        table.add_row(case.case.id, f"[{colours[case.status]}]{case.status}[/]", _plain(case))
-    out.print(table)
+    for cases in _together(alignment.cases):
+        ids, first = [case.case.id for case in cases], cases[0]
+        why = _plain(first) if len(ids) == 1 else f"{len(ids)} cases: {_plain(first)}"
+        table.add_row("\n".join(ids), f"[{colours[first.status]}]{first.status}[/]", why)
+    longest = max((len(case.case.id) for case in alignment.cases), default=0)
+    print_table(table, least=longest + 40)  # room for the verdict and a few words
+    for name, doubt in dict.fromkeys((c.case.variant, doubt) for c in alignment.cases for doubt in c.doubts):
+        out.print(f"[yellow]warning: {name}: {doubt}[/]")
     for name in dict.fromkeys(c.case.variant for c in alignment.cases):
         bare, images = alignment.timing.get(f"{name}.bare_s"), alignment.timing.get(f"{name}.images_s")
         if bare and images:
@@ -270,6 +289,14 @@ def _print_results(alignment: Alignment) -> None:
                 f"{ratio:.2f} x (loading models took {start:.1f} s more)",
                 markup=False,
             )
+
+
+def _together(cases: list[CaseResult]) -> list[list[CaseResult]]:
+    """The cases, those in one list that are skipped for one reason."""
+    rows: dict[str, list[CaseResult]] = {}
+    for case in cases:
+        rows.setdefault(case.reason if case.status == "skip" else case.case.id, []).append(case)
+    return list(rows.values())
 
 
 def _plain(case: CaseResult) -> str:

@@ -17,7 +17,7 @@ from alignment.case import Case, reference_of, twin_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import SCORE, Agreement, agree
 from alignment.compare.measure import Measured, TensorErrors, count_agreement
-from alignment.compare.verdict import NOT_FINITE, first_difference, judge, wrong_side
+from alignment.compare.verdict import NOT_FINITE, doubts, first_difference, judge, wrong_side
 from alignment.data.coco import CocoDataset, read_image
 from alignment.data.samples import Sample, Samples
 from alignment.golden import limits, read_golden
@@ -208,7 +208,7 @@ def _judge_sides(
             stages=stages,
             scores=measured.scores,
             timing=Timing(inference_s=side.inference_s, images=len(samples)),
-            warnings=side.runner.warnings,
+            warnings=[*side.runner.warnings, *doubts(measured.scores)],
             notes=[note for note in (variant.notes, referee.note) if note],
             provenance={
                 **side.runner.provenance,
@@ -217,7 +217,7 @@ def _judge_sides(
             },
             reference_provenance={} if is_reference else reference.runner.provenance,
         )
-        result.reason = explain(result)
+        result.reason = explain(result, variant)
         if not is_reference:
             result.worst = _worst_images(side, reference, agreements, samples, options.out)
         results.append(result)
@@ -254,7 +254,7 @@ def _notes(variant: Variant, judges_itself: bool) -> dict[StageName, str]:
     return {**notes, "raw": ENDS_IN_NMS, "decoded": ENDS_IN_NMS} if variant.ends_in_nms else notes
 
 
-def explain(result: CaseResult) -> str:
+def explain(result: CaseResult, variant: Variant) -> str:
     """One line for people: what was reached, or where the case fails first and who is wrong."""
     # A replayed stage holds one quantity to its limit several times; the largest value speaks, as for errors.
     checks = sorted((check for stage in result.stages for check in stage.checks), key=lambda check: check.value)
@@ -289,7 +289,7 @@ def explain(result: CaseResult) -> str:
         who = ""
     reason = f"differs first at {stage.name}: {check.name} {check.value:.4g}, allowed {check.limit}{who}"
     if result.case.precision == "fp16":
-        reason += f"; `align layers {result.case.variant} --backend {result.case.backend} --precision fp16` says why"
+        reason += f"; `align layers {variant.arguments} --backend {result.case.backend} --precision fp16` says why"
     return reason
 
 

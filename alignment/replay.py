@@ -11,7 +11,7 @@ from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import agree
 from alignment.compare.measure import UNITS, Measured, comparable, count_agreement, split_angles
 from alignment.compare.tensors import ErrorAccumulator, count_nonfinite
-from alignment.compare.verdict import first_difference, judge, wrong_side
+from alignment.compare.verdict import doubts, first_difference, judge, wrong_side
 from alignment.data.samples import Samples
 from alignment.errors import AlignError
 from alignment.golden import limits, read_golden
@@ -78,10 +78,15 @@ def replay(variant: Variant, case: Case, golden: Path, samples: Samples | None) 
             "images": len(images),
             "stages": stages,
             "scores": measured.scores or recorded.scores,
+            "warnings": [
+                *(warning for warning in recorded.warnings if warning not in recorded.doubts),
+                *doubts(measured.scores or recorded.scores),
+            ],
             "worst": [],
         }
     )
-    result.reason = f"{explain(result)} (replayed record of {recorded.provenance.get('gpu', 'another machine')})"
+    gpu = recorded.provenance.get("gpu", "another machine")
+    result.reason = f"{explain(result, variant)} (replayed record of {gpu})"
     return result
 
 

@@ -126,6 +126,10 @@ class Timing(_Model):
     images: int
 
 
+#: How the warning begins that a reference finds next to nothing of what the images hold.
+REFERENCE_AP = "reference AP "
+
+
 class CaseId(_Model):
     """Variant × backend × precision × route."""
 
@@ -159,6 +163,11 @@ class CaseResult(_Model):
     notes: list[str] = []
     provenance: dict[str, Any] = {}
     reference_provenance: dict[str, Any] = {}
+
+    @property
+    def doubts(self) -> list[str]:
+        """Those of `warnings` that are no backend's own, but say that both sides are likely wrong."""
+        return [warning for warning in self.warnings if warning.startswith(REFERENCE_AP)]
 
 
 class CauseCount(_Model):

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
 from alignment.errors import AlignError
 from alignment.onnx_head import DecodedHead, End2EndHead, OnnxHead, Strict, YoloHead, Yolov5RawHead, YoloxHead, settled
@@ -128,6 +129,7 @@ class Variant(Strict):
     quantization: Quantization = Quantization()
     dataset: Literal["coco", "synthetic", "dota", "synthetic_rotated"] = "coco"
     notes: str = ""
+    _arguments: str = PrivateAttr("")
 
     @field_validator("source", mode="before")
     @classmethod
@@ -160,6 +162,11 @@ class Variant(Strict):
         if self.ends_in_nms and self.nms != Nms():
             raise ValueError("nms: source.head.layout 'end2end' has its NMS in the graph: remove nms")
         return self
+
+    @property
+    def arguments(self) -> str:
+        """What stands for it on a command line: ``yolov8_n --size 384x640``, or the path of its YAML file."""
+        return self._arguments or self.name
 
     @property
     def ends_in_nms(self) -> bool:
@@ -236,9 +243,12 @@ def load_variant(name: str | Path) -> Variant:
     if not isinstance(fields, dict):
         raise AlignError(f"{path}: holds no fields", f"see {ZOO / 'yolov8_embedded.yaml'} for an example")
     try:
-        return Variant.model_validate(fields, context={"folder": path.parent})
+        variant = Variant.model_validate(fields, context={"folder": path.parent})
     except ValidationError as error:
         raise AlignError(f"{path}: {_first(error)}", "mend that field") from None
+    if path.parent != ZOO:
+        variant._arguments = shlex.quote(str(path))
+    return variant
 
 
 def resized(variant: Variant, height: int, width: int) -> Variant:
@@ -255,7 +265,9 @@ def resized(variant: Variant, height: int, width: int) -> Variant:
         size = InputSize(height=height, width=width)
     except ValidationError as error:
         raise AlignError(f"size {height}x{width}: {error.errors()[0]['msg']}", "give multiples of 32") from None
-    return variant.model_copy(update={"name": f"{variant.name}_{height}x{width}", "input": size})
+    found = variant.model_copy(update={"name": f"{variant.name}_{height}x{width}", "input": size})
+    found._arguments = f"{variant.arguments} --size {height}x{width}"
+    return found
 
 
 def with_quantization(variant: Variant, changes: dict[str, Any]) -> Variant:

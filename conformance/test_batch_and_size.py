@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from alignment.case import Backend, Case
@@ -21,7 +23,7 @@ from alignment.results import Alignment, CaseResult
 from alignment.runners.base import Runner
 from alignment.runners.open import open_runner
 from alignment.runners.record import Record, record_path
-from alignment.variant import Variant, load_variant, resized, zoo
+from alignment.variant import ZOO, Variant, load_variant, resized, zoo
 
 #: Images and sizes of one family in full; the others have their own size and fewer images.
 IMAGES, FEW = 16, 6
@@ -162,6 +164,31 @@ def test_run_takes_size_and_batch(tmp_path):
     assert done.exit_code == 0, done.output
     (case,) = Alignment.model_validate_json((tmp_path / "alignment.json").read_text()).cases
     assert (case.case.id, case.provenance["batch"]) == ("yolov8_embedded_256x384-onnxruntime-fp32", 4)
+
+
+@pytest.mark.parametrize("given", ["yolov8_embedded", "a copy.yaml"])
+def test_a_failing_run_of_another_size_gives_a_command_that_works(tmp_path, given):
+    """Taken from its output as it stands, also where the variant is a file."""
+    pytest.importorskip("mmyolo")
+    path = tmp_path / given
+    if path.suffix:
+        fields = yaml.safe_load((ZOO / "yolov8_embedded.yaml").read_text())
+        path.write_text(yaml.safe_dump(fields))
+    case = "yolov8_embedded_256x384-onnxruntime-fp16"
+    held = {"tolerances": {"boxes": {"value": 1e-12, "origin": "absurd"}}}
+    (tmp_path / "yolov8_embedded_256x384.yaml").write_text(
+        yaml.safe_dump({"variant": "yolov8_embedded_256x384", "cases": {case: held}})
+    )
+    options = ["--backend", "onnxruntime", "--images", "1", "--size", "256x384", "--precision", "fp16"]
+    name = str(path) if path.suffix else given
+    done = CliRunner().invoke(app, ["run", name, *options, "--golden", str(tmp_path), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 1, done.output
+    (failed,) = Alignment.model_validate_json((tmp_path / "run" / "alignment.json").read_text()).cases
+    command = failed.reason.split("`")[1]
+    assert command.startswith(f"align layers {shlex.quote(name)} --size 256x384 ")
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    assert case in done.stdout
 
 
 def test_export_takes_a_size(tmp_path):

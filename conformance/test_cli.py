@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
+import typer
 import yaml
 from command_line import RUN, align, checkpoint, dataset, python, truncated
 
+from alignment import cli
 from alignment.results import SCHEMA_VERSION, Alignment
 from alignment.variant import ZOO, golden_dir
 
@@ -59,8 +62,10 @@ def test_strict_fails_what_cannot_be_run_and_without_it_that_is_a_skip(tmp_path)
     if capabilities.missing() is None:
         pytest.skip("TensorRT runs here")
     command = ("run", "yolov8_embedded", "--backend", "tensorrt", "--images", "2", "--golden", tmp_path)
-    assert align(*command).exit_code == 0
-    assert align(*command, "--strict").exit_code == 1
+    said = "1 case skipped: --strict makes that a failure"
+    without, strict = align(*command), align(*command, "--strict")
+    assert (without.exit_code, strict.exit_code) == (0, 1)
+    assert (said in without.stdout.splitlines(), strict.stdout.splitlines()[-1]) == (False, said)
 
 
 @pytest.fixture
@@ -94,6 +99,23 @@ def test_golden_stays_as_it_is_when_a_later_variant_cannot_be_run(recorded, tmp_
     result = align(*RUN, command[1], "--data", command[-1], "--golden", recorded, "--update-golden", "why")
     assert result.exit_code == 2, result.output
     assert (recorded / "yolov8_embedded.yaml").read_bytes() == before
+
+
+@pytest.mark.usefixtures("needs_mmyolo")
+def test_exports_that_end_otherwise_lie_beside_each_other(tmp_path):
+    kinds = (), ("--nms", "efficient_nms"), ("--nms", "onnx_nms")
+    for kind in kinds:
+        result = align("export", "yolov8_embedded", "--out", tmp_path, *kind)
+        assert result.exit_code == 0, result.output
+        wrote = [line.removeprefix("wrote ") for line in result.stdout.splitlines() if line.startswith("wrote ")]
+        assert wrote
+        assert all(Path(path).is_file() for path in wrote)
+    stems = [".".join(["yolov8_embedded", *kind[1:]]) for kind in kinds]
+    names = [f"{stem}.{end}" for stem in stems for end in ("onnx", "node_map.json")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    ends = [{node.op_type for node in onnx.load(tmp_path / f"{stem}.onnx").graph.node} for stem in stems]
+    found = [ops & {"EfficientNMS_TRT", "NonMaxSuppression"} for ops in ends]
+    assert found == [set(), {"EfficientNMS_TRT"}, {"NonMaxSuppression"}]
 
 
 @pytest.mark.usefixtures("needs_mmyolo")
@@ -132,6 +154,12 @@ def test_doctor_says_which_tensorrt_was_run_and_which_only_checked_by_name():
 
     (finding,) = [finding for finding in examine() if finding.what == "tensorrt versions"]
     assert finding.detail == "executed: 8.6.1; checked by API name only: 10.16.1, 11.4.0"
+
+
+@pytest.mark.parametrize("command", typer.main.get_command(cli.app).commands.values(), ids=lambda command: command.name)
+def test_every_command_argument_and_option_says_what_it_is(command):
+    assert command.help
+    assert all(parameter.help for parameter in command.params), [p.name for p in command.params if not p.help]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["variants"]])

@@ -315,7 +315,7 @@ def test_a_run_out_of_the_range_of_float16_fails_and_sends_to_the_layers(rescale
     single, half = results
     assert single.status == "pass", single.reason
     assert (half.status, half.first_difference, half.wrong_side) == ("fail", "decoded", "subject")
-    assert "`align layers rescaled --backend onnxruntime --precision fp16` says why" in half.reason
+    assert f"`align layers {planted.variant} --backend onnxruntime --precision fp16` says why" in half.reason
 
 
 @pytest.mark.parametrize("backend", [pytest.param("tensorrt", marks=pytest.mark.gpu), "onnxruntime"])

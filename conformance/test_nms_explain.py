@@ -234,7 +234,7 @@ def test_a_wrong_threshold_is_called_one():
     image = scattered()
     found = explain(Side(REFERENCE, *image), Side(dataclasses.replace(REFERENCE, score_threshold=0.3), *image), LIMITS)
     assert {d.root for d in found} == {"score_threshold"}
-    assert any(d.replay == "the settings differ: the subject with score_threshold 0.25 for 0.3" for d in found)
+    assert any(d.replay == "the settings differ: the subject with score_threshold 0.25 instead of 0.3" for d in found)
 
 
 def test_an_implementation_that_does_not_do_what_it_says_is_not_explained():

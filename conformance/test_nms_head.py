@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -228,13 +229,37 @@ def test_the_command_writes_a_run(tmp_path):
     assert headline(run_folder.model_copy(update={"explanations": [damaged]}))[0] == "Not explained"
 
 
+@pytest.mark.topk
+def test_the_command_prints_boxes_that_are_alike_in_one_line_and_stores_each(tmp_path):
+    pytest.importorskip("mmyolo")
+    command = ["explain", "yolov8_embedded", "--images", "3", "--topk", "20", "--score-threshold", "0.001"]
+    done = CliRunner().invoke(app, [*command, "--show", "1000", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    (found,) = read_run(tmp_path).explanations
+    lines = [line for line in done.stdout.splitlines() if line.startswith("image ")]
+    counts = [int(match.group(1)) if (match := re.match(r"image \d+, (\d+) boxes of ", line)) else 1 for line in lines]
+    assert sum(counts) == found.differing == len(found.boxes)
+    # What is cut by TopK is cut in one line an image, and the first of them is named.
+    cut = [line for line in lines if "subject cut by topk" in line]
+    assert len(cut) == len({box.image_id for box in found.boxes if box.cause == "topk_limit"})
+    assert max(counts) > 10
+    first = found.boxes[0]
+    assert f"the first row {first.row}, {first.label_name} {first.score:.4f}: " in lines[0]
+    assert lines[0].endswith("topk_limit: the subject with topk 30000 instead of 20")
+    # One that is alone is told whole.
+    alone = next(box for box in found.boxes if box.cause == "cascade")
+    assert f"image {alone.image_id}, row {alone.row}, {alone.label_name} {alone.score:.4f}: " in done.stdout
+    less = CliRunner().invoke(app, [*command, "--show", "2"])
+    assert f"{len(lines) - 2} more: --show {len(lines)}, or --out for every box" in less.stdout.splitlines()
+
+
 def test_export_ends_in_nms(samples, tmp_path):
     done = CliRunner().invoke(
         app, ["export", "yolov8_embedded", "--nms", "onnx_nms", "--topk", "100", "--out", str(tmp_path)]
     )
     assert done.exit_code == 0, done.output
     assert "TopK: of 2100 rows the 2000 of lowest best score never reach NMS" in done.stdout
-    with OnnxRuntimeRunner(tmp_path / "yolov8_embedded.onnx") as deployed:
+    with OnnxRuntimeRunner(tmp_path / "yolov8_embedded.onnx_nms.onnx") as deployed:
         named = deployed.run(next(iter(samples)).tensor[None])
     assert set(named) == {"detections", "selected"}
     assert named["detections"].shape[1] == 7

@@ -232,6 +232,23 @@ def test_replaying_fewer_images_scores_those(live, golden):
     assert stage(found, "input").checks[0].value == 3
 
 
+@pytest.mark.parametrize("recorded_ap", [0.001, 0.5])
+def test_a_record_is_doubted_by_the_ap_that_its_reference_has_here(live, golden, recorded_ap):
+    """Without images that is the recorded one."""
+    variant, samples, _, _ = live
+
+    def edit(record: Record) -> None:
+        record.result.scores.reference_ap = recorded_ap
+        record.result.warnings = ["weights clamped: 1", "reference AP 0.0010: as it was then"]
+
+    rewrite(golden, TRT, edit)
+    assert replay(variant, TRT, golden, samples).warnings == ["weights clamped: 1"]
+    (first, *rest) = replay(variant, TRT, golden, None).warnings
+    assert first == "weights clamped: 1"
+    assert [said.split(":")[0] for said in rest] == (["reference AP 0.0010"] if recorded_ap < 0.01 else [])
+    assert "reference AP 0.0010: as it was then" not in rest
+
+
 def test_tolerances_as_tight_as_the_measured_errors_hold_for_the_replay_too(live, golden):
     variant, samples, ran, _ = live
     update(golden, ran.model_copy(update={"case": TRT.result_id()}), {}, "test")

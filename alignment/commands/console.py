@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from alignment.errors import AlignError
 from alignment.results import Alignment
@@ -29,11 +30,17 @@ from alignment.variant import Variant, resized
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+#: Characters of a line where no terminal limits it.
+_UNLIMITED = 100_000
 
-Data = Annotated[Path | None, typer.Option(help="COCO-layout root, for variants on COCO; default $ALIGN_DATA/coco")]
-Images = Annotated[int | None, typer.Option(min=1, help="the first so many images only")]
+VariantName = Annotated[str, typer.Argument(help="name of a variant of the zoo, or YAML file")]
+Data = Annotated[
+    Path | None, typer.Option(help="folder in COCO layout, for variants on COCO; default: $ALIGN_DATA/coco")
+]
+Images = Annotated[int | None, typer.Option(min=1, help="only the first so many images")]
 Size = Annotated[
-    str | None, typer.Option(metavar="HxW", help="another input size, 416 or 384x640; default: the variant's own")
+    str | None,
+    typer.Option(metavar="HxW", help="another input size, such as 416 or 384x640; default: the variant's own"),
 ]
 Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
 
@@ -86,6 +93,19 @@ def write_report(alignment: Alignment, staging: Path, folder: Path) -> None:
         shutil.copytree(pictures, folder / "pictures", dirs_exist_ok=True)
     write_run(alignment, folder)
     out.print(f"report: {folder / 'report.html'}", markup=False)
+
+
+def print_table(table: Table, least: int = 0) -> None:
+    """Prints a table of which nothing is cut: as wide as what it holds, in a terminal as wide as that.
+
+    Args:
+        table: in a terminal its long words go on in the next line.
+        least: characters that it takes in a narrower terminal too.
+    """
+    for column in table.columns:
+        column.overflow = "fold"
+    width = max(out.width, least) if out.is_terminal else _UNLIMITED
+    Console(width=width, highlight=False, soft_wrap=True).print(table)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import tempfile
@@ -11,31 +12,44 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from alignment.commands.console import Data, Golden, Images, out, progress_bar, require_folders, write_report
+from alignment.commands.console import (
+    Data,
+    Golden,
+    Images,
+    out,
+    print_table,
+    progress_bar,
+    require_folders,
+    write_report,
+)
 from alignment.errors import AlignError
-from alignment.results import Explanation
+from alignment.results import ExplainedBox, Explanation
 from alignment.variant import golden_dir, load_variant
+
+_RANK = re.compile(r", rank \d+$")
 
 
 def explain(
-    what: Annotated[list[str], typer.Argument(metavar="VARIANT | RECORD RECORD", help="records: their JSON files")],
+    what: Annotated[
+        list[str], typer.Argument(metavar="VARIANT | RECORD RECORD", help="a variant, or the JSON files of two records")
+    ],
     backend: Annotated[
         str, typer.Option(help="onnxruntime (ends in NonMaxSuppression) or tensorrt (EfficientNMS_TRT)")
     ] = "onnxruntime",
     data: Data = None,
     images: Images = None,
-    score_threshold: Annotated[float | None, typer.Option(help="of both sides; default: the variant's")] = None,
-    deployed_score_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
-    deployed_iou_threshold: Annotated[float | None, typer.Option(help="another one of the deployed NMS")] = None,
+    score_threshold: Annotated[float | None, typer.Option(help="of both NMS; default: the variant's")] = None,
+    deployed_score_threshold: Annotated[float | None, typer.Option(help="another one for the deployed NMS")] = None,
+    deployed_iou_threshold: Annotated[float | None, typer.Option(help="another one for the deployed NMS")] = None,
     topk: Annotated[int | None, typer.Option(help="only so many rows go on to the deployed NMS; default: all")] = None,
     golden: Golden = None,
-    show: Annotated[int, typer.Option(min=0, help="how many of the boxes to list")] = 20,
+    show: Annotated[int, typer.Option(min=0, help="how many lines of boxes to print, those alike in one")] = 20,
     out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
 ) -> None:
-    """Explain every detection that mmyolo's NMS and the one at the end of a deployed graph do not both keep alike.
+    """Explain, box by box, why the NMS at the end of a deployed graph keeps other boxes than mmyolo's.
 
-    Of two records: every one that they do not both lead to under the variant's own NMS.  Exit status 1: something is
-    unexplained, or due to a threshold that differs though no option says so.
+    Of two records: why the variant's own NMS keeps other boxes of the one than of the other.  Exit status 1: something
+    is unexplained, or due to a threshold that differs though no option says so.
     """
     from alignment import session
 
@@ -120,13 +134,34 @@ def _print_explanation(found: Explanation, show: int) -> None:
         ap = "-" if cause.ap_without is None else f"{cause.ap_without:.4f}"
         table.add_row(cause.cause, str(cause.boxes), str(cause.followers or "-"), ap)
     if found.causes:
-        out.print(table)
-    for box in found.boxes[:show]:
-        follows = f" of {box.follows}" if box.follows else ""
-        out.print(
-            f"image {box.image_id}, row {box.row}, {box.label_name} {box.score:.4f}: reference {box.reference}; "
-            f"subject {box.subject}; {box.cause}{follows}: {box.replay}",
-            markup=False,
-        )
-    if len(found.boxes) > show:
-        out.print(f"{len(found.boxes) - show} more: --show {len(found.boxes)}, or --out for all of them", markup=False)
+        print_table(table)
+    alike = _alike(found.boxes)
+    for boxes in alike[:show]:
+        out.print(_line(boxes), markup=False)
+    if len(alike) > show:
+        out.print(f"{len(alike) - show} more: --show {len(alike)}, or --out for every box", markup=False)
+
+
+def _alike(boxes: list[ExplainedBox]) -> list[list[ExplainedBox]]:
+    """The boxes in their order, those of an image together that went one way for one cause, whatever their rank."""
+    found: dict[tuple[object, ...], list[ExplainedBox]] = {}
+    for box in boxes:
+        fates = (_RANK.sub("", fate) for fate in (box.reference, box.subject))
+        found.setdefault((box.image_id, *fates, box.cause, box.follows, box.replay), []).append(box)
+    return list(found.values())
+
+
+def _line(boxes: list[ExplainedBox]) -> str:
+    """One box, or several alike, from the best score down."""
+    first, last = boxes[0], boxes[-1]
+    which = f"row {first.row}, {first.label_name} {first.score:.4f}"
+    fates = first.reference, first.subject
+    if len(boxes) > 1:
+        which = f"{len(boxes)} boxes of scores {first.score:.4f} to {last.score:.4f}, the first {which}"
+        fates = _RANK.sub("", first.reference), _RANK.sub("", first.subject)
+    follows = f" of {first.follows}" if first.follows else ""
+    reference, subject = fates
+    return (
+        f"image {first.image_id}, {which}: reference {reference}; subject {subject}; "
+        f"{first.cause}{follows}: {first.replay}"
+    )

@@ -8,32 +8,44 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from alignment.commands.console import Data, out, require_folders, stage_bars
+from alignment.commands.console import Data, VariantName, out, require_folders, stage_bars
 from alignment.errors import AlignError
 from alignment.variant import Variant, load_variant, with_quantization
 
 
 def quantize(
-    variant: str,
+    variant: VariantName,
     out_dir: Annotated[Path, typer.Option("--out", help="folder for the QDQ graph, ranges, cache and scales")],
     method: Annotated[
-        str | None, typer.Option(help="of activations; default: the variant's own, as are the others")
+        str | None,
+        typer.Option(
+            help="how ranges of activations are chosen: minmax, moving_average, percentile, histogram, entropy or mse; "
+            "default of this and the next options: the variant's own"
+        ),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="of weights: minmax or mse")] = None,
+    weights: Annotated[str | None, typer.Option(help="the same of weights: minmax or mse")] = None,
     policy: Annotated[str | None, typer.Option(help="where quantizers go: tensorrt, conv-only or full")] = None,
     keep_float: Annotated[
         list[str] | None, typer.Option(help="ONNX node, with wildcards, that stays float; repeatable")
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
-    calibration: Annotated[str | None, typer.Option(help="separate: activations in float; joint: in int8")] = None,
-    rounding: Annotated[str | None, typer.Option(help="of weights: nearest, adaround, or brecq, by blocks")] = None,
-    bias_correction: Annotated[bool | None, typer.Option(help="take mean errors off biases")] = None,
-    equalization: Annotated[bool | None, typer.Option(help="scale channels between convolutions")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="separate: ranges of the float network; joint: of one with quantized weights")
+    ] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="of weights: nearest, adaround (layer by layer) or brecq (by blocks)")
+    ] = None,
+    bias_correction: Annotated[
+        bool | None, typer.Option(help="take the mean error of each channel off its bias")
+    ] = None,
+    equalization: Annotated[
+        bool | None, typer.Option(help="scale channels so that convolutions in a row have weights of one size")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images that go through ONNX Runtime at once")] = 1,
     ranges: Annotated[
         Path | None, typer.Option(help="a TensorRT calibration cache, whose ranges are taken for the tensors it names")
     ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where weights are searched for")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where adaround and brecq run")] = "cpu",
     data: Data = None,
 ) -> None:
     """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""

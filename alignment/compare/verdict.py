@@ -6,7 +6,7 @@ from typing import Literal
 
 from alignment.compare.measure import Measured
 from alignment.golden import MINIMA, GoldenCase, Quantity
-from alignment.results import STAGES, Check, StageName, StageResult, TensorResult
+from alignment.results import REFERENCE_AP, STAGES, Check, Scores, StageName, StageResult, TensorResult
 
 Side = Literal["subject", "reference", "neither", "unknown"]
 #: What a decoded tensor is held to, by its unit.
@@ -15,6 +15,8 @@ QUANTITIES: dict[str, Quantity] = {"px": "boxes", "rad": "angles", "probability"
 NOT_FINITE = "NaN or infinite"
 #: One side is at fault when its float64 error is this many times the other's.
 SIDE_FACTOR = 4.0
+#: A detector finds more than this of what images hold, on a few images too.
+LEAST_AP = 0.01
 
 
 def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | None) -> list[StageResult]:
@@ -70,6 +72,18 @@ def _why_unchecked(name: StageName, measured: Measured) -> str:
     if name in ("raw", "decoded") and measured.tensors:
         return "single values of an int8 network move by whole steps: its detections are held to limits"
     return "the raw outputs of this model are its decoded ones" if name == "raw" else "nothing was measured"
+
+
+def doubts(scores: Scores | None) -> list[str]:
+    """What is to be said where the reference finds next to nothing: both sides then agree on answers that are wrong.
+
+    An AP below 0 is that of images without truth, of which nothing can be said.
+    """
+    if scores is None:
+        return []
+    ap = scores.subject_ap if scores.reference_ap is None else scores.reference_ap
+    found_nothing = 0 <= ap < LEAST_AP
+    return [f"{REFERENCE_AP}{ap:.4f}: preprocess, class order or head layout is likely wrong"] if found_nothing else []
 
 
 def first_difference(stages: list[StageResult]) -> StageName | None:

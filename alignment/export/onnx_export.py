@@ -99,8 +99,11 @@ def read_node_map(path: Path) -> dict[str, dict[str, str]]:
     return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def export(variant: Variant, folder: Path, options: ExportOptions) -> ExportedModel:
-    """Writes ``<variant>.onnx`` and ``<variant>.node_map.json`` into `folder`; the ONNX appears last and whole.
+def export(variant: Variant, folder: Path, options: ExportOptions, stem: str | None = None) -> ExportedModel:
+    """Writes ``<stem>.onnx`` and ``<stem>.node_map.json`` into `folder`; the ONNX appears last and whole.
+
+    Args:
+        stem: default: the variant's name.
 
     Raises:
         AlignError: for weights that are missing or do not fit.
@@ -110,7 +113,7 @@ def export(variant: Variant, folder: Path, options: ExportOptions) -> ExportedMo
     from alignment.models.mmyolo_source import build_detector
 
     detector = fused(build_detector(variant))
-    path = folder / f"{variant.name}.onnx"
+    path = folder / f"{stem or variant.name}.onnx"
     with writing(path) as temporary:
         _trace(detector, variant, options, temporary)
         model = _simplify(onnx.load(temporary))

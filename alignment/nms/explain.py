@@ -29,13 +29,14 @@ from alignment.nms.causes import (
     Side,
 )
 from alignment.nms.moved import Mover, distance, too_far
-from alignment.nms.semantics import Fate, run
+from alignment.nms.semantics import Fate, Semantics, run
 from alignment.nms.steps import BY_OTHERS, State, Step
 
 #: With more pairs of an image beyond the limits than this, its inputs are wrong, and no replay is worth its time.
 GROSS = 16
 _CAUSE_OF: dict[str, Cause] = {**dict(PATH), ORDER: "nms_order_tie"}
 _CAPS: frozenset[str] = frozenset({"max_output", "max_per_class"})
+_LIMITS: frozenset[str] = _CAPS | {"topk", "candidate_cap"}
 
 
 def explain(
@@ -249,7 +250,7 @@ class _Explainer:
         changes = [
             f"equal scores in the {other_end}'s order"
             if name == ORDER
-            else f"{name} {getattr(others.semantics, name)} for {getattr(own.semantics, name)}"
+            else f"{name} {_word(others.semantics, name)} instead of {_word(own.semantics, name)}"
             for name in names
         ]
         return f"the {end} with {', '.join(changes)}"
@@ -316,6 +317,13 @@ class _Explainer:
             return Outcome(False, f"suppressed by {self._name(by)} at IoU {float(state.fates.iou[place]):.6f}")
         words = fate.name.lower().replace("_", " ")
         return Outcome(False, f"{words}, rank {place + 1}" if fate in BY_OTHERS else words)
+
+
+def _word(semantics: Semantics, name: str) -> str:
+    value = getattr(semantics, name)
+    if value is None:
+        return "no limit" if name in _LIMITS else "none"
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _differing(reference: Side, subject: Side) -> Iterator[str]:

@@ -26,6 +26,9 @@ def to_markdown(alignment: Alignment) -> str:
         first = next(iter(cases.values()))
         cells = [_cell(cases[column]) if column in cases else "-" for column in columns]
         lines.append(f"| {variant} | {first.images} | {_reference_ap(first):.4f} | {' | '.join(cells)} |")
+    doubts = dict.fromkeys((case.case.variant, doubt) for case in done for doubt in case.doubts)
+    if doubts:
+        lines += ["", *(f"- {variant}: {doubt}" for variant, doubt in doubts)]
     return "\n".join(lines) + "\n"
 
 

@@ -102,7 +102,7 @@ class EngineLayer:
         """
         if self.weights in PRECISIONS:
             return self.weights
-        if "Conv" in self.kind or "Gemm" in self.kind or "MatrixMultiply" in self.kind:
+        if is_weighted(self.kind):
             if any(tensor.datatype == "Int8" for tensor in self.inputs):
                 return "Int8"
             # Without inputs told: a layer that reads quantized weights bears their quantizer in its name.
@@ -110,6 +110,11 @@ class EngineLayer:
                 return "Int8"
         types = {tensor.datatype for tensor in (*self.inputs, *self.outputs)}
         return next((name for name in reversed(PRECISIONS) if name in types), "")
+
+
+def is_weighted(kind: str) -> bool:
+    """Whether layers of a kind are convolutions, forward or transposed, or matrix products."""
+    return any(word in kind.lower() for word in ("conv", "gemm", "matrixmultiply", "matmul"))
 
 
 def reformats(layers: list[EngineLayer]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from alignment.engine.inspect import EngineLayer
+from alignment.engine.inspect import EngineLayer, is_weighted
 from alignment.inspection.engine_graph import EngineGraph
 from alignment.inspection.node_graph import QUANTIZING, Node
 from alignment.inspection.saved import Inspection
@@ -95,12 +95,16 @@ class _Finder:
 
     def islands(self, alone: set[int]) -> Iterator[Finding]:
         """Joined float layers, of which every neighbour is an int8 layer; not those that are `alone` told of."""
-        left = {p for p, one in enumerate(self.layers) if not one.moves and one.runs_in in FLOATS}
+        left = {p for p, one in enumerate(self.layers) if not one.moves and self._float(p)}
         while left:
             island, edge = self._island(left.pop())
             left -= island
             ends = [edge[forward] for forward in (False, True)]
-            if not all(ends) or island <= alone or any(p < 0 or self._float(p) for end in ends for p in end):
+            if (
+                not all(ends)
+                or island <= alone
+                or any(p < 0 or self.layers[p].runs_in != "Int8" for end in ends for p in end)
+            ):
                 continue
             first = min(island)
             nodes = tuple(name for place in sorted(island) for name in self.engine_graph.nodes[place])
@@ -149,7 +153,7 @@ class _Finder:
 
     def _weighted(self, place: int) -> bool:
         kind = self.layers[place].kind
-        return bool(self._ops(place) & {*WEIGHTED}) or "Conv" in kind or "MatrixMultiply" in kind
+        return bool(self._ops(place) & {*WEIGHTED}) or is_weighted(kind)
 
     def _activates(self, place: int) -> bool:
         kind = self.layers[place].kind
@@ -157,7 +161,7 @@ class _Finder:
         return bool(known & {*ACTIVATIONS}) if known else kind.startswith("PointWise") or kind == "Activation"
 
     def _float(self, place: int) -> bool:
-        return self.layers[place].runs_in in FLOATS
+        return self.layers[place].runs_in in FLOATS and self.layers[place].kind != "Constant"
 
     def _island(self, start: int) -> tuple[set[int], dict[bool, set[int]]]:
         """The float layers joined to one, and what they read from and are read by, −1 being the engine's end."""

@@ -34,10 +34,19 @@ class NodeGraph:
 
     @classmethod
     def of(cls, model: ModelProto) -> NodeGraph:
-        """The top level of a graph."""
+        """The top level of a graph; scales and zero points of quantizers are left out."""
         stored = {value.name for value in model.graph.initializer}
+        nodes = (
+            Node(
+                node.name,
+                node.op_type,
+                tuple(node.input[: 1 if node.op_type in QUANTIZING else None]),
+                tuple(node.output),
+            )
+            for node in model.graph.node
+        )
         return cls(
-            tuple(Node(node.name, node.op_type, tuple(node.input), tuple(node.output)) for node in model.graph.node),
+            tuple(nodes),
             tuple(value.name for value in model.graph.input if value.name not in stored),
             tuple(value.name for value in model.graph.output),
         )
@@ -45,13 +54,24 @@ class NodeGraph:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> NodeGraph:
         """What `to_json` made."""
-        nodes = (Node(name, op, tuple(inputs), tuple(outputs)) for name, op, inputs, outputs in fields["nodes"])
-        return cls(tuple(nodes), tuple(fields["inputs"]), tuple(fields["outputs"]))
+        tensors = fields["tensors"]
+
+        def named(places: Iterable[int]) -> tuple[str, ...]:
+            return tuple(tensors[place] for place in places)
+
+        nodes = (Node(name, op, named(inputs), named(outputs)) for name, op, inputs, outputs in fields["nodes"])
+        return cls(tuple(nodes), named(fields["inputs"]), named(fields["outputs"]))
 
     def to_json(self) -> dict[str, Any]:
-        """Lists and texts only."""
-        nodes = [[node.name, node.op, list(node.inputs), list(node.outputs)] for node in self.nodes]
-        return {"nodes": nodes, "inputs": list(self.inputs), "outputs": list(self.outputs)}
+        """Lists, texts and numbers only; tensors by their place in a list of their names."""
+        places: dict[str, int] = {}
+
+        def at(names: Iterable[str]) -> list[int]:
+            return [places.setdefault(name, len(places)) for name in names]
+
+        nodes = [[node.name, node.op, at(node.inputs), at(node.outputs)] for node in self.nodes]
+        ends = {"inputs": at(self.inputs), "outputs": at(self.outputs)}
+        return {"tensors": list(places), "nodes": nodes, **ends}
 
     @cached_property
     def by_name(self) -> dict[str, Node]:

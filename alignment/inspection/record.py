@@ -52,4 +52,5 @@ def inspect(variant: Variant, case: Case, level: int, batch: int = 1, data: Path
         whole = float(np.median(runner.latency(images, REPEATS, WARMUP)))
         provenance = {**runner.provenance, "level": level, "batch": batch, "latency_ms": whole}
     graph = NodeGraph.of(onnx.load(given.path, load_external_data=False))
-    return Inspection(case.id, text, times, graph, wanted, kept, provenance)
+    name = f"{case.id}-level{level}" + (f"-batch{batch}" if batch > 1 else "")
+    return Inspection(name, text, times, graph, wanted, kept, provenance)

@@ -146,13 +146,24 @@ def test_any_name(made):
         (convolution("c", "x:Int8", "y:Half"), "Int8"),
         (convolution("c", "x:Int8", "y:Int8", weights=""), "Int8"),
         (convolution("c", "x:Half", "y:Half", weights="Half"), "Half"),
+        (convolution("c", "x:Float", "y:Half", weights="Half"), "Half"),
         (convolution("w + w_QuantizeLinear + c", "", "y:Half", weights=""), "Int8"),
         (layer("d", "CaskDeconvolutionV2", "x:Int8", "y:Float"), "Int8"),
         (layer("p", "PointWiseV2", "x:Half", "y:Int8"), "Half"),
         (layer("p", "CaskPooling", "x:Int8", "y:Int8"), "Int8"),
         (layer("a", "ElementWise", "x:Half z:Float", "y:Half"), "Float"),
     ],
-    ids=["int8 to half", "no weights told", "half", "outputs only", "transposed", "pointwise", "pooling", "wide"],
+    ids=[
+        "int8 to half",
+        "no weights told",
+        "half",
+        "half from float",
+        "outputs only",
+        "transposed",
+        "pointwise",
+        "pooling",
+        "wide",
+    ],
 )
 def test_precision_of_a_layer(fields, runs_in):
     (one,) = parse(json.dumps({"Layers": [fields]}))
@@ -219,6 +230,19 @@ def test_layers_are_joined_past_what_vanished():
     ).engine_graph
     assert found.nodes[1] == ("k",)
     assert found.before == [[], [0], [1]]
+
+
+def test_layers_are_joined_past_a_copy_that_only_one_input_needs():
+    """The other input of the Concat is written in place, and read by a layer of its own beside that."""
+    text = "p = Conv(x, w0); q = MaxPool<kernel_shape = [1, 1]>(p); k = Concat<axis = 1>(p, q); d = Conv(k, w1)"
+    found = engine(
+        convolution("p", "x:Int8", "p_quantized:Int8"),
+        layer("q", "CaskPooling", "p_quantized:Int8", "q_quantized:Int8"),
+        reformat("k_q_dequantized copy", "q_quantized:Int8", "k_quantized:Int8"),
+        convolution("d", "k_quantized:Int8", "d:Float"),
+        graph=quantized(tiny(text, w1=(32, 64, 1, 1))),
+    ).engine_graph
+    assert found.before == [[], [0], [1], [0, 2]]
 
 
 def clean() -> Inspection:
@@ -308,7 +332,7 @@ def test_copies_of_a_concat(text, tensor, why):
 
 
 @pytest.mark.parametrize("length", [1, 2])
-@pytest.mark.parametrize("ends", ["int8", "float before", "float behind", "the engine's end"])
+@pytest.mark.parametrize("ends", ["int8", "float before", "float behind", "the engine's end", "an output too"])
 def test_float_islands(length, ends):
     """Float layers between int8 ones, past a Reformat; none where a side is float too, or the engine ends there."""
     middle = ["e", "f"][:length]
@@ -325,6 +349,8 @@ def test_float_islands(length, ends):
     if ends == "the engine's end":
         layers = layers[:-2]
     model = quantized(tiny("c = Conv(x, w0); e = Exp(c); f = Neg(e); d = Conv(f, w1)"), "conv-only")
+    if ends == "an output too":
+        model.graph.output.append(onnx.helper.make_tensor_value_info(middle[-1], onnx.TensorProto.FLOAT, None))
     found = [finding for finding in find(engine(*layers, graph=model)) if finding.kind == "float-island"]
     if ends != "int8":
         assert found == []
@@ -413,6 +439,16 @@ def test_an_activation_behind_a_float_convolution_is_none():
     model = quantized(tiny("c = Conv(x, w0); r = Relu(c); d = Conv(r, w1)"), "conv-only", ["c"])
     layers = convolution("c", "x:Half", "c:Half", weights="Half"), layer("r", "PointWiseV2", "c:Half", "r:Half")
     assert not [finding for finding in find(engine(*layers, graph=model)) if finding.kind == "unfused-activation"]
+
+
+def test_an_unfused_activation_is_no_island_as_well():
+    layers = (
+        convolution("c", "x:Int8", "c:Half"),
+        layer("r", "PointWiseV2", "c:Half", "r:Half"),
+        convolution("d", "r:Int8", "d:Int8"),
+    )
+    found = find(engine(*layers, graph=quantized(tiny("c = Conv(x, w0); r = Relu(c); d = Conv(r, w1)"))))
+    assert [finding.kind for finding in found] == ["unfused-activation"]
 
 
 def test_an_unfused_activation_without_a_graph():
@@ -557,6 +593,11 @@ def test_a_recorded_engine_node_by_node():
     made = load_inspection(OUTPUTS_ONLY)
     counts = made.engine_graph.precisions.counts()
     assert counts == {"Float": 68, "Int8": 181, "Half": 8, "quantizer": 275, "view": 9}
+    starts = [
+        one.name for one, before in zip(made.engine_graph.layers, made.engine_graph.before, strict=True) if not before
+    ]
+    assert len(starts) == 1, starts
+    assert starts[0].startswith("/detector/backbone/stem/conv/Conv + ")
     found = find(made)
     unfused = {finding.cause for finding in found if finding.kind == "unfused-activation"}
     blocks = [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0)]

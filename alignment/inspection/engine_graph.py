@@ -93,40 +93,42 @@ class EngineGraph:
         if not any(one.inputs for one in self.layers):
             self._join_by_nodes(found)
             return [sorted(places) for places in found]
-        made = self._made
         for place, one in enumerate(self.layers):
             for tensor in one.inputs:
-                found[place].update(made.get(tensor.name) or self._sources(tensor.name))
-        read = {place for places in found for place in places}
+                found[place].update(self._made.get(tensor.name) or self._sources(tensor.name))
+            found[place].discard(place)
+        behind = _turned(found)
         for place, one in enumerate(self.layers):
-            for tensor in one.outputs if place not in read else ():
-                for reader in self._sinks(tensor.name):
-                    found[reader].add(place)
-        return [sorted(places - {place}) for place, places in enumerate(found)]
+            if not one.moves:
+                sinks = {sink for tensor in one.outputs for sink in self._sinks(tensor.name)} - {place}
+                for sink in sinks.difference(self._past_copies(place, behind)) if sinks else ():
+                    found[sink].add(place)
+        return [sorted(places) for places in found]
 
     @cached_property
     def behind(self) -> list[list[int]]:
         """The layers that read the outputs of each layer."""
-        found: list[list[int]] = [[] for _ in self.layers]
-        for place, places in enumerate(self.before):
-            for source in places:
-                found[source].append(place)
-        return found
+        return _turned(self.before)
 
     def computing(self, place: int, forward: bool) -> list[int]:
         """The layers behind (or before) one that do more than to move its tensors; −1 for the engine's own end."""
-        found, visited, edges = [], {place}, self.behind if forward else self.before
-        waiting = [place]
+        return sorted(self._past_copies(place, self.behind if forward else self.before, forward))
+
+    def _past_copies(self, place: int, edges: Sequence[Iterable[int]], forward: bool = True) -> set[int]:
+        ends = set(self.graph.outputs if forward else self.graph.inputs)
+        found, visited, waiting = set(), {place}, [place]
         while waiting:
             here = waiting.pop()
-            if not edges[here]:
-                found.append(-1)
+            tensors = self.layers[here].outputs if forward else self.layers[here].inputs
+            if not edges[here] or not ends.isdisjoint(tensor.name for tensor in tensors):
+                found.add(-1)
             for there in edges[here]:
-                if there in visited:
-                    continue
+                if there not in visited and self.layers[there].moves:
+                    waiting.append(there)
+                elif there not in visited:
+                    found.add(there)
                 visited.add(there)
-                (waiting if self.layers[there].moves else found).append(there)
-        return sorted(set(found))
+        return found
 
     @cached_property
     def precisions(self) -> NodePrecisions:
@@ -233,3 +235,12 @@ class EngineGraph:
             return [self.graph.by_name[end]]
         maker = self.graph.makers.get(end)
         return [maker] if maker is not None else self.graph.readers.get(end, [])
+
+
+def _turned(before: Sequence[Iterable[int]]) -> list[list[int]]:
+    """Edges the other way round."""
+    found: list[list[int]] = [[] for _ in before]
+    for place, places in enumerate(before):
+        for source in places:
+            found[source].append(place)
+    return found

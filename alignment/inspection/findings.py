@@ -284,9 +284,12 @@ class _Finder:
             if node.op == "Add" and len(self.graph.data_makers(node)) > 1:
                 what = f"TensorRT computes it together with {node.name}"
                 return node.name, what, f"quantize both inputs of {node.name}, so that the convolution writes int8"
+        real = self.engine_graph.precisions.mapped
         for tensor in (t for node in inside for t in node.outputs):
             for reader in self.graph.readers.get(tensor, []):
-                if reader.name not in own and reader.op != "QuantizeLinear":
+                if reader.name in own or reader.op in QUANTIZING or reader.name not in real:
+                    continue
+                if real[reader.name].runs_in in FLOATS:
                     what = f"{reader.name} reads its output in float, so the convolution writes float"
                     return reader.name, what, f"let {reader.name} read int8, or keep {weighted[-1].name} in float"
         channels = next((f" for {t.shape[1]} channels" for t in self.layers[convolution].outputs if t.shape[1:]), "")
@@ -304,4 +307,4 @@ class _Finder:
             return unwanted, "TensorRT chose so", "give it a range, or a Q/DQ pair"
         if unwanted in self.wanted:
             return unwanted, f"{unwanted} is quantized, TensorRT chose so", "keep it in float (keep_float)"
-        return unwanted, f"{unwanted} reads no int8", "give it a Q/DQ pair (policy full)"
+        return unwanted, f"{unwanted} reads no int8", "give it a Q/DQ pair, or a range (policy full)"

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from test_placement import tiny
 
 from alignment.inspection.node_graph import QUANTIZING, NodeGraph
 from alignment.inspection.saved import Inspection
 from alignment.quantize.placement import PolicyName, place
 from alignment.quantize.qdq import write_qdq
 
+#: Two convolutions with a SiLU between them, in the notation of `test_placement.tiny`.
+SILU = "c = Conv(x, w0); s = Sigmoid(c); m = Mul(c, s); d = Conv(m, w1)"
 #: Type → how TensorRT 8.6 writes it.
 WORDS = {
     "Int8": "Thirty-two wide channel vectorized row major Int8 format",
@@ -93,3 +96,13 @@ def simulated(model: onnx.ModelProto, name: str = "simulated") -> Inspection:
             layers.append(layer(node.name, kind, inputs, outputs, None, weights))
     made = engine(*layers, graph=model, times={one["Name"]: 0.001 * (1 + i % 7) for i, one in enumerate(layers)})
     return Inspection(name, made.text, made.times, made.graph, made.wanted)
+
+
+def clean() -> Inspection:
+    """Two convolutions in int8, nothing between them."""
+    return engine(
+        reformat("x_QuantizeLinear", "x:Float", "x_quantized:Int8", "QDQ"),
+        convolution("c + PWN(s, m)", "x_quantized:Int8", "m_quantized:Int8", ("c", "s", "m")),
+        convolution("d", "m_quantized:Int8", "d:Float"),
+        graph=quantized(tiny(SILU)),
+    )

@@ -28,6 +28,7 @@ def inspect(
     ] = None,
     level: Annotated[int, typer.Option(min=0, max=5, help="of the builder; 3 is what is deployed")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="images at once")] = 1,
+    times: Annotated[bool, typer.Option("--times/--no-times", help="measure each layer")] = True,
     onnx_file: Annotated[
         Path | None, typer.Option("--onnx", help="the graph behind a file that holds none, as the inspector's own")
     ] = None,
@@ -50,7 +51,9 @@ def inspect(
         raise AlignError(f"{len(what)} arguments", "give one variant, or one or two files that end in .json")
     if files and against is not None:
         raise AlignError("--against: no variant to build it of", "give a second file instead")
-    engines = _loaded(files, onnx_file) if files else _built(what[0], precision, route, against, level, batch, data)
+    engines = (
+        _loaded(files, onnx_file) if files else _built(what[0], precision, route, against, (level, batch, times), data)
+    )
     for engine in engines:
         if not files:
             _wrote(out_dir / f"{engine.name}.engine.json", engine)
@@ -72,8 +75,9 @@ def _loaded(files: list[Path], onnx_file: Path | None) -> list[Inspection]:
 
 
 def _built(
-    name: str, precision: str, route: str, against: str | None, level: int, batch: int, data: Path | None
+    name: str, precision: str, route: str, against: str | None, how: tuple[int, int, bool], data: Path | None
 ) -> list[Inspection]:
+    """`how`: level of the builder, images at once, whether layers are measured."""
     from alignment.inspection.record import inspect as inspect_engine
     from alignment.session import require_available
     from alignment.variant import load_variant
@@ -87,7 +91,7 @@ def _built(
     cases: list[Case] = []
     for kind, way in asked:
         cases += cases_of(variant, ("tensorrt",), (kind,), (way,))
-    return [inspect_engine(variant, case, level, batch, data) for case in cases]
+    return [inspect_engine(variant, case, *how, data) for case in cases]
 
 
 def _wrote(path: Path, engine: Inspection) -> None:

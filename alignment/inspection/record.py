@@ -21,7 +21,9 @@ REPEATS = 200
 WARMUP = 50
 
 
-def inspect(variant: Variant, case: Case, level: int, batch: int = 1, data: Path | None = None) -> Inspection:
+def inspect(
+    variant: Variant, case: Case, level: int, batch: int = 1, measured: bool = True, data: Path | None = None
+) -> Inspection:
     """The engine of a case, from the cache or built now, with the time of each layer.
 
     Args:
@@ -29,6 +31,7 @@ def inspect(variant: Variant, case: Case, level: int, batch: int = 1, data: Path
         case: on TensorRT.
         level: the builder's optimization level.
         batch: images at once.
+        measured: whether layers are timed.
         data: root of the dataset; default: the variant's own.
 
     Raises:
@@ -48,7 +51,7 @@ def inspect(variant: Variant, case: Case, level: int, batch: int = 1, data: Path
     images = np.stack([sample.tensor for sample in open_samples(variant, data, batch)])
     with TensorRTRunner(*given) as runner:
         text = runner.inspector_text()
-        times = runner.layer_times(images, REPEATS, WARMUP)
+        times = runner.layer_times(images, REPEATS, WARMUP) if measured else {}
         whole = float(np.median(runner.latency(images, REPEATS, WARMUP)))
         provenance = {**runner.provenance, "level": level, "batch": batch, "latency_ms": whole}
     graph = NodeGraph.of(onnx.load(given.path, load_external_data=False))

@@ -31,6 +31,7 @@ MARKERS = {
     "fp16_alignment": "ONNX Runtime and TensorRT in FP16 find what torch finds in FP32",
     "int8_alignment": "INT8 finds what torch finds in FP32, by every route, and each backend computes the same graph",
     "nms": "post-processing: what each implementation keeps, and why they differ",
+    "culprit": "engines taken apart, and what makes one worse than its QDQ graph",
     "topk": "which candidates a TopK lets through, and what its limit costs",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
     "real_data": "needs the real checkpoints and images below ALIGN_DATA",

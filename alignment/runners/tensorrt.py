@@ -10,7 +10,7 @@ import numpy as np
 
 from alignment.engine.build import BuildOptions, build_environment, cached_engine, cuda_context
 from alignment.engine.capabilities import Capabilities, gpu
-from alignment.engine.inspect import EngineLayer, layers_of
+from alignment.engine.inspect import EngineLayer, parse
 from alignment.engine.int8 import CalibrationImages
 from alignment.engine.log import Log, listening, warnings_of
 from alignment.errors import AlignError
@@ -74,9 +74,7 @@ class TensorRTRunner(Runner):
         """
         import pycuda.driver as cuda
 
-        self._check(batch)
-        if len(batch) > self._max:
-            raise AlignError(f"{len(batch)} images, the engine takes {self._max} at once", "build with a larger batch")
+        self._check_one(batch)
         times = []
         with cuda_context(), listening(self._log):
             self._piece(batch)
@@ -92,8 +90,51 @@ class TensorRTRunner(Runner):
 
     def layers(self) -> list[EngineLayer]:
         """What the engine is made of."""
+        return parse(self.inspector_text())
+
+    def inspector_text(self) -> str:
+        """What TensorRT's inspector tells of the engine: JSON, with raw control characters in its texts."""
+        import tensorrt as trt
+
         with cuda_context(), listening(self._log):
-            return layers_of(self._engine)
+            engine, context = self._engine, self._context
+            inspector = engine.create_engine_inspector()
+            if self._min != self._max:  # formats are told for one shape only
+                context.set_input_shape(self._input, (self._batches[1], *self._shape))
+                inspector.execution_context = context
+            text: str = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+            return text
+
+    def layer_times(self, batch: np.ndarray, repeats: int = 100, warmup: int = 10) -> dict[str, float]:
+        """Milliseconds of each layer, by the inspector's names: medians over `repeats` runs of one batch.
+
+        Measuring takes time itself: their sum is not what `latency` tells.
+
+        Raises:
+            AlignError: more images than the engine takes at once.
+        """
+        self._check_one(batch)
+        runs: list[dict[str, float]] = []
+        usual = self._context
+        with cuda_context(), listening(self._log):
+            # A context of its own: no profiler stays behind on the one that `latency` measures.
+            engine = self._engine
+            context = self._context = engine.create_execution_context()
+            if context is None:
+                self._context = usual
+                raise AlignError(f"{self._path}: no second execution context: {self._said()}", "free memory on the GPU")
+            try:
+                self._allocated.clear()
+                context.profiler = _profiler(runs)
+                for _ in range(warmup + repeats):
+                    runs.append({})
+                    self._piece(batch)
+            finally:
+                self._context = usual
+                self._allocated.clear()  # each context is told of its allocators when it runs next
+                del context  # while the GPU's context is current
+        names = dict.fromkeys(name for run in runs for name in run)
+        return {name: float(np.median([run.get(name, 0.0) for run in runs[warmup:]])) for name in names}
 
     def close(self) -> None:
         """Frees engine, buffers and stream; the runner cannot run any more."""
@@ -170,6 +211,11 @@ class TensorRTRunner(Runner):
                 f"{self._path}: images of {list(self._shape)} asked, a batch of {list(batch.shape)} given",
                 "mend `input` in the variant's YAML, or export again",
             )
+
+    def _check_one(self, batch: np.ndarray) -> None:
+        self._check(batch)
+        if len(batch) > self._max:
+            raise AlignError(f"{len(batch)} images, the engine takes {self._max} at once", "build with a larger batch")
 
     def _piece(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Runs what the engine takes at once; the context is current."""
@@ -330,3 +376,17 @@ def _allocator(memory: _Memory, shapes: dict[str, tuple[int, ...]]) -> Any:
             shapes[name] = tuple(int(size) for size in shape)
 
     return Allocator()
+
+
+def _profiler(runs: list[dict[str, float]]) -> Any:
+    """A ``trt.IProfiler`` that adds the milliseconds of each layer to the last of `runs`, by name."""
+    import tensorrt as trt
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, name: str, milliseconds: float) -> None:
+            runs[-1][name] = runs[-1].get(name, 0.0) + milliseconds
+
+    return Profiler()

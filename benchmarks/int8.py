@@ -47,7 +47,7 @@ def parse(variant: Variant, row: str) -> tuple[Variant, str, bool]:
     words = [word for word in text.split(",") if word]
     changes: dict[str, Any] = dict(word.split("=") for word in words if "=" in word)
     if "keep_float" in changes:
-        changes["keep_float"] = changes["keep_float"].split("|")
+        changes["keep_float"] = [pattern for pattern in changes["keep_float"].split("|") if pattern]
     return with_quantization(variant, changes), route, "plain" in words
 
 

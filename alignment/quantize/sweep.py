@@ -59,7 +59,7 @@ def sweep(
     executor: Executor | None = None,
     progress: Progress | None = None,
     share: bool = True,
-) -> Sensitivity:
+) -> tuple[Sensitivity, Path]:
     """Takes all metrics of every layer of a quantized variant.
 
     Args:
@@ -75,10 +75,14 @@ def sweep(
         progress: called with what is being done, how many are done, and all.
         share: whether layers begin at kept tensors; without, every one runs the whole network.
 
+    Returns:
+        The sweep, and where it is kept.
+
     Raises:
         AlignError: for a variant without int8 nodes, a checkpoint of another sweep, and a worker that died.
     """
     plan = _Plan(variant, quantized, samples, mode, part, units, share)
+    nodes = plan.nodes
     path = path or checkpoint_path(variant, plan.identity)
     with locked(path):
         if path.is_file():
@@ -87,7 +91,7 @@ def sweep(
         else:
             found = plan.empty()
         done = {layer.node for layer in found.layers}
-        todo = [node for node in plan.nodes if node not in done]
+        todo = [node for node in nodes if node not in done]
         # One folder a sweep, so that what a run that was killed has left is known.
         folder = path.with_suffix(".work")
         shutil.rmtree(folder, ignore_errors=True)
@@ -98,7 +102,7 @@ def sweep(
             raise AlignError("a worker died", "run again, which goes on from here, with fewer --workers") from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    return found
+    return found, path
 
 
 def checkpoint_path(variant: Variant, identity: Mapping[str, Any]) -> Path:

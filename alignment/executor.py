@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -13,6 +13,7 @@ from alignment.errors import AlignError
 
 #: Seconds that a scheduler has to answer.
 ANSWER = 10
+AGAIN = "run again, with fewer workers"
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def open_executor(workers: int = 1, scheduler: str | None = None) -> Iterator[Ex
             folders under the same names: what they read lies in ``ALIGN_CACHE``.
 
     Raises:
-        AlignError: for a scheduler that does not answer, or for which `distributed` is missing.
+        AlignError: for a scheduler that does not answer, or for which `distributed` is missing, and for a worker that died.
     """
     if scheduler is not None:
         if workers > 1:
@@ -38,6 +39,8 @@ def open_executor(workers: int = 1, scheduler: str | None = None) -> Iterator[Ex
         pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
         try:
             yield pool
+        except BrokenExecutor:
+            raise AlignError(f"--workers {workers}: a worker died, of too little memory perhaps", AGAIN) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -45,7 +48,7 @@ def open_executor(workers: int = 1, scheduler: str | None = None) -> Iterator[Ex
 def _dask(address: str) -> Iterator[Executor]:
     if find_spec("distributed") is None:
         raise AlignError(f"--scheduler {address}: distributed is not installed", "pip install 'distributed>=2024.1'")
-    from distributed import Client
+    from distributed import Client, KilledWorker
 
     try:
         client = Client(address, timeout=ANSWER)
@@ -53,4 +56,8 @@ def _dask(address: str) -> Iterator[Executor]:
         reason = " ".join(str(error).split())[:160]
         raise AlignError(f"--scheduler {address}: {reason}", "give the address that `dask scheduler` prints") from None
     with client:
-        yield client.get_executor()
+        try:
+            yield client.get_executor()
+        except KilledWorker as error:
+            reason = " ".join(str(error).split())[:160]
+            raise AlignError(f"--scheduler {address}: {reason}", AGAIN) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,9 +101,15 @@ def _table(found: Sensitivity, metric: str, show: int) -> Table:
     table = Table(*(Column(name, overflow="fold") for name in ("node", "module")), *numbers, title=title)
     for node in ranking[:show]:
         layer = layers[node]
-        values = [f"{layer.metrics[name]:.3g}" for name in names]
+        values = [_cell(name, layer.metrics) for name in names]
         table.add_row(escape(node), escape(layer.module), f"{layer.macs / macs:.1%}", *values)
-    base = [f"{found.baseline[name]:.3g}" if name in found.baseline else "" for name in names]
     table.add_section()
+    base = [_cell(name, found.baseline) for name in names]
     table.add_row("none" if found.mode == "quantize-one" else "all", "", "", *base)
     return table
+
+
+def _cell(name: str, numbers: Mapping[str, float]) -> str:
+    if name not in numbers:
+        return ""
+    return f"{numbers[name]:.6f}" if name.startswith("cosine") else f"{numbers[name]:.3g}"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 
 @dataclass(frozen=True)
@@ -24,43 +24,61 @@ class Suffix:
     outputs: tuple[str, ...]
 
 
-def suffix_of(base: ModelProto, changed: ModelProto, wanted: Collection[str]) -> Suffix:
-    """Cuts out what differs from `base` and all that descends from it, as far as a wanted tensor needs it.
+class Unchanged:
+    """A graph that others differ from in a part.
 
     Args:
-        base: the graph that tensors at the border come from.
-        changed: the same with other nodes or initializers; tensors that both have are of one name.
-        wanted: names of tensors.
+        model: the graph that the tensors at the border come from.
     """
-    nodes = list(changed.graph.node)
-    reached = _reached(base, changed)
-    touched = {name for node in reached for name in node.output}
-    outputs = tuple(name for name in wanted if name in touched)
-    varying = _varying(changed)
-    needed, inputs, kept = set(outputs), {}, []
-    for node in reversed(nodes):
-        if needed.isdisjoint(node.output):
-            continue
-        kept.append(node)
-        for name in _reads(node):
-            if name in touched or name not in varying:
-                needed.add(name)
-            else:
-                inputs[name] = True
-    return Suffix(_extracted(changed, kept[::-1], list(inputs), outputs, needed), tuple(inputs), outputs)
 
+    def __init__(self, model: ModelProto) -> None:
+        self._nodes = {node.name: node for node in model.graph.node}
+        self._values = {value.name: value for value in model.graph.initializer}
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+        self._known = {value.name: value for value in (*inferred.value_info, *inferred.input, *inferred.output)}
 
-def _reached(base: ModelProto, changed: ModelProto) -> list[NodeProto]:
-    """The nodes of `changed` that `base` does not have, or has on other inputs, in the order of the graph."""
-    same_nodes = {node.name: node for node in base.graph.node}
-    values = {value.name: value for value in base.graph.initializer}
-    other = {value.name for value in changed.graph.initializer if values.get(value.name) != value}
-    found = []
-    for node in changed.graph.node:
-        if same_nodes.get(node.name) != node or not other.isdisjoint(_reads(node)):
-            other.update(node.output)
-            found.append(node)
-    return found
+    def suffix(self, changed: ModelProto, wanted: Collection[str]) -> Suffix:
+        """Cuts out what differs and all that descends from it, as far as a wanted tensor needs it.
+
+        Args:
+            changed: the graph with other nodes or initializers; tensors that both have are of one name.
+            wanted: names of tensors that both have.
+        """
+        touched = self._touched(changed)
+        outputs = tuple(name for name in wanted if name in touched)
+        varying = _varying(changed)
+        needed, inputs, kept = set(outputs), dict[str, None](), []
+        for node in reversed(changed.graph.node):
+            if needed.isdisjoint(node.output):
+                continue
+            kept.append(node)
+            for name in _reads(node):
+                if name in touched or name not in varying:
+                    needed.add(name)
+                else:
+                    inputs[name] = None
+        graph = helper.make_graph(
+            kept[::-1],
+            changed.graph.name,
+            [self._described(name) for name in inputs],
+            [self._described(name) for name in outputs],
+            [value for value in changed.graph.initializer if value.name in needed],
+        )
+        options = {"opset_imports": changed.opset_import, "ir_version": changed.ir_version}
+        return Suffix(helper.make_model(graph, functions=changed.functions, **options), tuple(inputs), outputs)
+
+    def _touched(self, changed: ModelProto) -> set[str]:
+        """The tensors of nodes that this graph does not have, or has on other values."""
+        other = {value.name for value in changed.graph.initializer if self._values.get(value.name) != value}
+        found: set[str] = set()
+        for node in changed.graph.node:
+            reads = set(_reads(node))
+            if self._nodes.get(node.name) != node or not other.isdisjoint(reads) or not found.isdisjoint(reads):
+                found.update(node.output)
+        return found
+
+    def _described(self, name: str) -> ValueInfoProto:
+        return self._known.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
 
 
 def _varying(model: ModelProto) -> set[str]:
@@ -80,25 +98,4 @@ def _reads(node: NodeProto) -> Iterator[str]:
             yield from _reads(inner)
 
 
-def _extracted(
-    model: ModelProto, nodes: list[NodeProto], inputs: list[str], outputs: Collection[str], needed: Collection[str]
-) -> ModelProto:
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    known = {value.name: value for value in (*inferred.value_info, *inferred.input, *inferred.output)}
-
-    def described(name: str) -> onnx.ValueInfoProto:
-        return known.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-
-    graph = helper.make_graph(
-        nodes,
-        model.graph.name,
-        [described(name) for name in inputs],
-        [described(name) for name in outputs],
-        [value for value in model.graph.initializer if value.name in needed],
-    )
-    return helper.make_model(
-        graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
-    )
-
-
-__all__ = ["Suffix", "suffix_of"]
+__all__ = ["Suffix", "Unchanged"]

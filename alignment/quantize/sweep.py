@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +35,7 @@ from alignment.quantize.graph import OnnxGraph
 from alignment.quantize.layer_job import Job, Meter, Store, Truth, compared, measure, open_plainly
 from alignment.quantize.recipe import Quantized
 from alignment.quantize.sensitivity import LayerSensitivity, Mode, Part, Sensitivity
-from alignment.quantize.suffix import Suffix, suffix_of
+from alignment.quantize.suffix import Suffix, Unchanged
 from alignment.storage import cache_dir, locked
 from alignment.variant import Variant
 
@@ -79,11 +79,12 @@ def sweep(
         The sweep, and where it is kept.
 
     Raises:
-        AlignError: for a variant without int8 nodes, a checkpoint of another sweep, and a worker that died.
+        AlignError: for a variant without int8 nodes, and a checkpoint of another sweep.
     """
     plan = _Plan(variant, quantized, samples, mode, part, units, share)
     nodes = plan.nodes
-    path = path or checkpoint_path(variant, plan.identity)
+    # Absolute, as workers may run elsewhere.
+    path = (path or checkpoint_path(variant, plan.identity)).absolute()
     with locked(path):
         if path.is_file():
             found = Sensitivity.load(path)
@@ -98,8 +99,6 @@ def sweep(
         try:
             if todo:
                 found = _swept(plan, todo, found, folder, path, executor, progress)
-        except BrokenExecutor:
-            raise AlignError("a worker died", "run again, which goes on from here, with fewer --workers") from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return found, path
@@ -148,6 +147,10 @@ class _Plan:
     def base(self) -> ModelProto:
         """The graph without a change."""
         return onnx.load(self.quantized.source) if self.mode == "quantize-one" else self._int8(self._all)
+
+    @cached_property
+    def _unchanged(self) -> Unchanged:
+        return Unchanged(self.base)
 
     @cached_property
     def reference(self) -> Path:
@@ -199,7 +202,7 @@ class _Plan:
         outputs = [value.name for value in changed.graph.output]
         wanted = dict.fromkeys([*outputs, self.tensor(node)])
         if self.share:
-            return suffix_of(self.base, changed, wanted)
+            return self._unchanged.suffix(changed, wanted)
         whole = mark_outputs(changed, [self.tensor(node)])
         return Suffix(whole, (whole.graph.input[0].name,), tuple(wanted))
 

@@ -26,7 +26,7 @@ def open_executor(workers: int = 1, scheduler: str | None = None) -> Iterator[Ex
             folders under the same names: what they read lies in ``ALIGN_CACHE``.
 
     Raises:
-        AlignError: for a scheduler that does not answer, or for which `distributed` is missing, and for a worker that died.
+        AlignError: for a scheduler that does not answer, `distributed` that is missing, and a worker that died.
     """
     if scheduler is not None:
         if workers > 1:

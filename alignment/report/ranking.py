@@ -15,6 +15,8 @@ MOST = 40
 def draw_ranking(found: Sensitivity, metric: str, path: Path) -> None:
     """Writes an SVG: a bar a layer, the most sensitive on top, darker with its share of multiplications.
 
+    A line marks all of int8, that the bars of `leave-one-out` start from.
+
     Raises:
         AlignError: for a metric that the sweep does not have, and where matplotlib is missing.
     """
@@ -34,10 +36,10 @@ def draw_ranking(found: Sensitivity, metric: str, path: Path) -> None:
         labels = [layers[node].module or node for node in ranking]
         axes.barh(range(len(ranking)), [layers[node].metrics[metric] for node in ranking], color=shades)
         axes.set_yticks(range(len(ranking)), labels)
-        axes.invert_yaxis()
+        axes.set_ylim(len(ranking) - 0.4, -0.6)
         axes.set_xlabel(f"{metric}: {METRICS[metric].what}; darker: more multiplications")
         axes.set_title(f"{found.variant}: {found.mode}, {found.part}, {found.images} images")
-        if metric in found.baseline:
+        if found.mode == "leave-one-out" and metric in found.baseline:
             axes.axvline(found.baseline[metric], color="black", linewidth=0.8)
         with writing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from alignment.commands.sensitivity import PLAIN
 from alignment.data.samples import Sample, Samples, open_samples
 from alignment.quantize.recipe import quantize
 from alignment.quantize.sensitivity import MODES
@@ -45,7 +46,7 @@ def main(
     policy: Annotated[str, typer.Option(help="conv-only: every convolution is a layer")] = "conv-only",
 ) -> None:
     """One line of JSON."""
-    chosen = with_quantization(load_variant(variant), {"policy": policy, "keep_float": []})
+    chosen = with_quantization(load_variant(variant), PLAIN | {"policy": policy})
     quantized, samples = quantize(chosen), Loaded(chosen, images)
     seconds, cpu, found = {}, {}, {}
     cache_dir().mkdir(parents=True, exist_ok=True)

@@ -286,6 +286,7 @@ def test_the_command(tmp_path):
     asked = (*asked, "--out", tmp_path / "x.json", "--plot", tmp_path / "x.svg")
     result = align(*asked)
     assert result.exit_code == 0, result.output
+    assert "--plain" not in result.stdout
     found = Sensitivity.load(tmp_path / "x.json")
     rows = [line for line in result.stdout.splitlines() if "/Conv" in line]
     assert [node in row for node, row in zip(found.ranking("sqnr"), rows, strict=False)] == [True] * 3
@@ -294,6 +295,16 @@ def test_the_command(tmp_path):
     assert found.layers[0].module.encode() in picture
     assert align(*asked).exit_code == 0
     assert (tmp_path / "x.svg").read_bytes() == picture
+
+
+def test_biases_that_were_corrected_are_told_of(tmp_path):
+    pytest.importorskip("pytorch_quantization")
+    recipe = {**HEAD, "bias_correction": True, "images": 2}
+    path = variant_file(tmp_path, lambda fields: fields.update(dataset="synthetic", quantization=recipe))
+    result = align("sensitivity", path, "--images", 1, "--out", tmp_path / "x.json")
+    assert "take --plain, or --mode leave-one-out" in result.stdout
+    # For that is no float network any more.
+    assert Sensitivity.load(tmp_path / "x.json").baseline["sqnr"] < 100
 
 
 BAD = {

@@ -18,6 +18,13 @@ from alignment.variant import load_variant, with_quantization
 
 #: Columns of a table that goes into a file.
 WIDTH = 240
+#: The recipe by which every layer is on its own.
+PLAIN = {"keep_float": [], "rounding": "nearest", "bias_correction": False}
+#: Of a recipe that is not plain.
+SEARCHED = (
+    "its weights or biases were searched for a network that is all int8, and are off in one that is float but for a "
+    "layer: take --plain, or --mode leave-one-out"
+)
 
 
 def sensitivity(
@@ -31,8 +38,8 @@ def sensitivity(
     policy: Annotated[
         str | None, typer.Option(help="where quantizers go, in place of the variant's own: tensorrt, conv-only, full")
     ] = None,
-    ignore_keep_float: Annotated[
-        bool, typer.Option("--ignore-keep-float", help="sweep over what the variant's recipe keeps in float as well")
+    plain: Annotated[
+        bool, typer.Option("--plain", help="nothing that the recipe keeps in float, no weights or biases searched for")
     ] = False,
     images: Images = None,
     workers: Annotated[int, typer.Option(min=1, help="processes, one layer each")] = 1,
@@ -58,8 +65,11 @@ def sensitivity(
     ):
         _require(option, value, choices)
     require_folders({"--out": out_file and out_file.parent, "--plot": plot and plot.parent})
-    changes: dict[str, Any] = {"policy": policy, "keep_float": [] if ignore_keep_float else None}
-    chosen = with_quantization(load_variant(variant), {k: v for k, v in changes.items() if v is not None})
+    changes: dict[str, Any] = dict(PLAIN) if plain else {}
+    chosen = with_quantization(load_variant(variant), changes | ({"policy": policy} if policy else {}))
+    recipe = chosen.quantization
+    if mode == "quantize-one" and (recipe.rounding != "nearest" or recipe.bias_correction):
+        out.print(f"[yellow]{escape(chosen.name)}: {SEARCHED}[/]")
     samples = open_samples(chosen, data, images)
     with open_executor(workers, scheduler) as executor, stage_bars(chosen.name) as bars:
         quantized = quantize(chosen, data, progress=bars)

@@ -293,7 +293,7 @@ def _planned(plan: _Plan, node: str, path: Path) -> _Planned:
 
 def _groups(plan: _Plan, base: _Base, planned: list[_Planned]) -> Iterator[list[_Planned]]:
     """Layers in their order, as many at once as `KEPT` has room for, by the sizes on the first image."""
-    first = next(iter(plan.samples)).tensor[None]
+    first = plan.samples.load(plan.samples.dataset.images[0]).tensor[None]
     sizes = {name: value.nbytes for name, value in base.run(first, {n for one in planned for n in one.needs}).items()}
     group: list[_Planned] = []
     needed: set[str] = set()

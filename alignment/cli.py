@@ -1,4 +1,4 @@
-"""``align``: run, table, export, quantize, layers, explain, inspect, variants, doctor, schema, synthetic.
+"""``align``: run, table, export, quantize, sensitivity, layers, explain, inspect, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -33,6 +33,7 @@ from alignment.commands.console import (
 from alignment.commands.explain import explain
 from alignment.commands.inspect import inspect
 from alignment.commands.quantize import quantize
+from alignment.commands.sensitivity import sensitivity
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
 from alignment.variant import Variant, golden_dir, load_variant, zoo
@@ -207,6 +208,7 @@ def layers(
 
 
 app.command()(reported(quantize))
+app.command()(reported(sensitivity))
 app.command()(reported(explain))
 app.command()(reported(inspect))
 

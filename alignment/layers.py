@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import onnx
 
 from alignment.case import Precision
 from alignment.export.float16 import float32_nodes
-from alignment.export.onnx_export import node_map_path
+from alignment.export.onnx_export import modules_of
 from alignment.runners.base import Runner, filled
 from alignment.runners.evaluator import OnnxEvaluator
 
@@ -114,7 +113,7 @@ def compare_layers(
         onnx.save(mark_outputs(graph, [name for _, name in made]), marked)
         with open_subject(marked) as subject:
             ours = subject.run(batch)
-    modules = _modules(model)
+    modules = modules_of(model)
     slack = averaging_slack(graph.graph, truth)
     halves: set[str] | None = None
     if precision == "fp16":
@@ -147,14 +146,6 @@ def mark_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
             value = shapes.get(name) or onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
             marked.graph.output.append(value)
     return marked
-
-
-def _modules(model: Path) -> dict[str, str]:
-    """Node name → module, by the node map beside an exported graph."""
-    path = node_map_path(model)
-    if not path.is_file():
-        return {}
-    return {name: entry["module"] for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def averaging_slack(graph: onnx.GraphProto, truths: dict[str, np.ndarray]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from alignment.commands.console import Data, VariantName, out, require_folders, stage_bars
 from alignment.errors import AlignError
-from alignment.variant import Variant, load_variant, with_quantization
+from alignment.variant import load_variant, with_quantization
 
 
 def quantize(
@@ -50,6 +50,7 @@ def quantize(
 ) -> None:
     """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
     from alignment.engine.int8 import ranges_in_cache
+    from alignment.export.onnx_export import exported, modules_of
     from alignment.quantize import recipe
     from alignment.quantize.trouble import troubles
 
@@ -69,7 +70,7 @@ def quantize(
     given = None if ranges is None else ranges_in_cache(_text(ranges))
     with stage_bars(chosen.name) as show:
         found = recipe.quantize(chosen, data, batch, show, device, given)
-    known = _modules(chosen)
+    known = modules_of(exported(chosen).onnx)
     for trouble in troubles(found, known):
         out.print(f"[yellow]{escape(str(trouble))}[/]")
     for unit in found.units:
@@ -90,11 +91,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AlignError(f"{path}: {error}", "give a TensorRT calibration cache") from None
-
-
-def _modules(variant: Variant) -> dict[str, str]:
-    """Torch module of each ONNX node, where a torch model stands behind the variant."""
-    from alignment.export.onnx_export import exported, read_node_map
-
-    node_map = exported(variant).node_map
-    return {} if node_map is None else {name: entry["module"] for name, entry in read_node_map(node_map).items()}

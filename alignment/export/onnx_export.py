@@ -99,6 +99,12 @@ def read_node_map(path: Path) -> dict[str, dict[str, str]]:
     return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
+def modules_of(path: Path) -> dict[str, str]:
+    """Torch module of each node of an ONNX file, by the node map beside it; empty where there is none."""
+    node_map = node_map_path(path)
+    return {name: entry["module"] for name, entry in read_node_map(node_map).items()} if node_map.is_file() else {}
+
+
 def export(variant: Variant, folder: Path, options: ExportOptions, stem: str | None = None) -> ExportedModel:
     """Writes ``<stem>.onnx`` and ``<stem>.node_map.json`` into `folder`; the ONNX appears last and whole.
 

@@ -1,0 +1,177 @@
+"""One layer of a sweep, as a piece of work: its graph on all images, held to FP32 and to the unchanged graph.
+
+A `Job` can be pickled and names the files that it reads, so that any process that sees them may run it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from alignment.compare.coco_map import agreement_ap, coco_ap
+from alignment.data.coco import CocoDataset
+from alignment.data.preprocess import Transform
+from alignment.errors import AlignError
+from alignment.models.outputs import Outputs, detections_of, to_outputs
+from alignment.nms.multiclass import Detections
+from alignment.quantize.sensitivity import Distortion, kl_divergence
+from alignment.variant import Variant
+
+
+class Store:
+    """Tensors by name, each a file with a row for each image."""
+
+    def __init__(self, folder: Path, images: int) -> None:
+        self.folder, self.images = folder, images
+
+    def write(self, image: int, values: Mapping[str, np.ndarray]) -> None:
+        """Adds the tensors of one image.  Raises AlignError for one whose shape is not the same for every image."""
+        for name, value in values.items():
+            path = self._path(name)
+            if image == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                rows = np.lib.format.open_memmap(path, "w+", value.dtype, (self.images, *value.shape))
+            else:
+                rows = np.lib.format.open_memmap(path, "r+")
+            if rows.shape[1:] != value.shape:
+                raise AlignError(
+                    f"tensor {name}: {value.shape}, but {rows.shape[1:]} before", "give a fixed input size"
+                )
+            rows[image] = value
+
+    def read(self, name: str) -> np.ndarray:
+        """``[images, ...]``, mapped from its file."""
+        try:
+            return np.load(self._path(name), mmap_mode="r")  # type: ignore[no-any-return]
+        except OSError as error:
+            mend = "let every worker see ALIGN_CACHE under the same name"
+            raise AlignError(f"{self._path(name)}: {error.strerror}", mend) from None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npy"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What graphs are held to: the images with their annotations, and FP32's answers.
+
+    Attributes:
+        transforms: by image id, in the order of the images.
+        detections: of FP32, by image id.
+        ap: of FP32.
+        outputs: FP32's raw outputs and scores.
+    """
+
+    variant: Variant
+    dataset: CocoDataset
+    transforms: dict[int, Transform]
+    detections: dict[int, Detections]
+    ap: float
+    outputs: Store
+
+
+class Meter:
+    """Adds up how far a graph's outputs are from FP32's, image by image in the order of the truth."""
+
+    def __init__(self, truth: Truth) -> None:
+        self._truth, self._distortion, self._kl = truth, Distortion(), 0.0
+        self._images = list(truth.transforms)
+        self._references: dict[str, np.ndarray] = {}
+        self._found: dict[int, Detections] = {}
+
+    def add(self, named: dict[str, np.ndarray]) -> None:
+        """Adds what a graph gives for the next image."""
+        truth, index = self._truth, len(self._found)
+        outputs = to_outputs(named, truth.variant, 1)
+        for name, value in compared(outputs, truth.variant).items():
+            if name not in self._references:
+                self._references[name] = truth.outputs.read(name)
+            reference = self._references[name][index]
+            if name == "scores":
+                self._kl += kl_divergence(reference, value)
+            if name != "scores" or not outputs.raw:
+                self._distortion.add(reference, value)
+        image = self._images[index]
+        self._found[image] = detections_of(outputs, truth.transforms[image], truth.variant)
+
+    def metrics(self) -> dict[str, float]:
+        """By name; a graph that ends in NMS has only what its detections say."""
+        truth, tensors = self._truth, self._distortion.metrics()
+        agreement = agreement_ap(truth.dataset, truth.detections, self._found)
+        found = {"map": truth.ap - coco_ap(truth.dataset, self._found)[0], "agreement": 1 - agreement}
+        return {**found, "kl": self._kl / len(self._found), **tensors} if tensors else found
+
+
+def compared(outputs: Outputs, variant: Variant) -> dict[str, np.ndarray]:
+    """The scores, and the raw outputs, or where there are none boxes, as parts of the input's longer side."""
+    if outputs.kept is not None:
+        return {}
+    if outputs.raw:
+        return {**outputs.raw, "scores": outputs.scores}
+    boxes = outputs.boxes / np.float32(max(variant.input.height, variant.input.width))
+    return {"boxes": boxes[..., :4], "scores": outputs.scores}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer's run over all images.
+
+    Attributes:
+        node: its name.
+        tensor: its output.
+        graph: file of the graph that begins where it has to.
+        outputs: of the network.
+        truth: what these are held to.
+        kept: the unchanged graph's tensors.
+    """
+
+    node: str
+    tensor: str
+    graph: Path
+    outputs: tuple[str, ...]
+    truth: Truth
+    kept: Store
+
+
+def measure(job: Job) -> dict[str, float]:
+    """All metrics of one layer.
+
+    Raises:
+        AlignError: for values that are not finite, and for files that are not there.
+    """
+    session = open_plainly(job.graph)
+    reads = [value.name for value in session.get_inputs()]
+    gives = [value.name for value in session.get_outputs()]
+    kept = {name: job.kept.read(name) for name in {*reads, job.tensor, *job.outputs} - ({*gives} - {job.tensor})}
+    meter, own = Meter(job.truth), Distortion()
+    for image in range(job.kept.images):
+        answers = dict(zip(gives, session.run(gives, {name: kept[name][image] for name in reads}), strict=True))
+        meter.add({name: answers[name] if name in answers else kept[name][image] for name in job.outputs})
+        own.add(kept[job.tensor][image], answers[job.tensor])
+    found = meter.metrics() | own.metrics("@layer")
+    if not all(map(math.isfinite, found.values())):
+        raise AlignError(f"node {job.node}: in int8 the network gives values that are not finite", "run `align layers`")
+    return found
+
+
+def open_plainly(graph: Path | ModelProto) -> Any:
+    """A session of ONNX Runtime that computes the nodes one by one as they are, in one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = graph.SerializeToString() if isinstance(graph, ModelProto) else str(graph)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has one exception type for each status code
+        reason = " ".join(str(error).split())[:240]
+        raise AlignError(f"ONNX Runtime cannot load the graph of a layer: {reason}", "export the model again") from None

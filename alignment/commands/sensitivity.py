@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from alignment.commands.console import Data, Images, out, require_folders, stage_bars
+from alignment.commands.console import Data, Images, VariantName, out, print_table, require_folders, stage_bars
 from alignment.errors import AlignError
 from alignment.quantize.sensitivity import METRICS, MODES, PARTS, Sensitivity, require_metric
 from alignment.variant import load_variant, with_quantization
 
-#: Columns of a table that goes into a file.
-WIDTH = 240
 #: The recipe by which every layer is on its own.
 PLAIN = {"keep_float": [], "rounding": "nearest", "bias_correction": False}
 #: Of a recipe that is not plain.
@@ -28,7 +25,7 @@ SEARCHED = (
 
 
 def sensitivity(
-    variant: str,
+    variant: VariantName,
     metric: Annotated[str, typer.Option(help=f"that layers are ranked by: {', '.join(METRICS)}")] = "agreement",
     mode: Annotated[
         str, typer.Option(help="quantize-one: each layer alone in int8; leave-one-out: each alone in float")
@@ -83,8 +80,7 @@ def sensitivity(
             executor=executor,
             progress=bars,
         )
-    wide = out if out.is_terminal else Console(highlight=False, width=WIDTH)
-    wide.print(_table(found, metric, show))
+    print_table(_table(found, metric, show))
     if out_file:
         found.save(out_file)
     out.print(f"wrote {out_file or path}", markup=False)

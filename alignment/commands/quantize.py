@@ -57,7 +57,7 @@ def quantize(
     given = None if ranges is None else ranges_in_cache(_text(ranges))
     with stage_bars(chosen.name) as show:
         found = recipe.quantize(chosen, data, batch, show, device, given)
-    known = _modules(chosen)
+    known = modules_of(chosen)
     for trouble in troubles(found, known):
         out.print(f"[yellow]{escape(str(trouble))}[/]")
     for unit in found.units:
@@ -80,7 +80,7 @@ def _text(path: Path) -> str:
         raise AlignError(f"{path}: {error}", "give a TensorRT calibration cache") from None
 
 
-def _modules(variant: Variant) -> dict[str, str]:
+def modules_of(variant: Variant) -> dict[str, str]:
     """Torch module of each ONNX node, where a torch model stands behind the variant."""
     from alignment.export.onnx_export import exported, read_node_map
 

@@ -1,4 +1,4 @@
-"""``align``: run, table, export, quantize, layers, explain, variants, doctor, schema, synthetic.
+"""``align``: run, table, export, quantize, culprit, layers, explain, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -28,6 +28,7 @@ from alignment.commands.console import (
     sized,
     write_report,
 )
+from alignment.commands.culprit import culprit
 from alignment.commands.explain import explain
 from alignment.commands.quantize import quantize
 from alignment.errors import AlignError
@@ -192,6 +193,7 @@ def layers(
 
 
 app.command()(reported(quantize))
+app.command()(reported(culprit))
 app.command()(reported(explain))
 
 

@@ -28,6 +28,7 @@ MARKERS = {
     "int8_alignment": "INT8 finds what torch finds in FP32, by every route, and each backend computes the same graph",
     "nms": "post-processing: what each implementation keeps, and why they differ",
     "topk": "which candidates a TopK lets through, and what its limit costs",
+    "culprit": "the search for the Q/DQ pairs that make an engine worse than ONNX Runtime finds what was planted",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
     "real_data": "needs the real checkpoints and images below ALIGN_DATA",
 }

@@ -16,8 +16,8 @@ from itertools import pairwise
 
 #: Whether these units together are bad; units come in the order of the whole.
 Oracle = Callable[[tuple[str, ...]], bool]
-#: So many bad sets and no end: what is wrong is everywhere.
-MOST = 8
+#: So many questions and no end: what is wrong is everywhere, or noise.
+LIMIT = 100
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Found:
         removal: the units without which nothing is bad, in the order of the whole; empty where nothing was.
         cores: smallest sets that are bad by themselves, in the order of discovery: one unit, or several that are bad
             only together.  `removal` has a unit of each.
-        closed: whether without `removal` the whole, and each block of it, is good, as the oracle says.
+        closed: whether without `removal` the whole, and each block of it, is good, as the oracle says; not where there
+            were more questions than allowed.
         needed: whether that is so for no part of `removal` with one unit less.
         questions: how many different sets the oracle was asked for.
     """
@@ -68,7 +69,7 @@ def search(
     units: Sequence[str],
     blocks: int = 1,
     cost: Callable[[str], float] = lambda unit: 0.0,
-    most: int = MOST,
+    limit: int = LIMIT,
 ) -> Found:
     """The smallest set of units whose removal leaves nothing bad: one of every smallest bad set.
 
@@ -80,33 +81,41 @@ def search(
         blocks: the units are cut into so many runs, each of which is looked at before the whole is: for faults that
             the noise of the whole hides.
         cost: of a unit's removal; where several units are bad only together, the cheapest goes.
-        most: stop after so many smallest bad sets.
+        limit: stop after so many questions, with what was found by then.
     """
-    oracle = _Remembering(bad, units)
-    wholes = [*_cut(units, blocks), tuple(units)] if blocks > 1 else [tuple(units)]
+    oracle = _Remembering(bad, units, limit)
+    wholes = [*cut(units, blocks), tuple(units)] if blocks > 1 else [tuple(units)]
     removed: set[str] = set()
     cores: list[tuple[str, ...]] = []
-    for whole in wholes:
-        while len(cores) < most and oracle(rest := _minus(whole, removed)):
-            cores.append(minimal(oracle, rest))
-            removed.add(min(reversed(cores[-1]), key=cost))
-    closed = not any(oracle(_minus(whole, removed)) for whole in wholes)
-    for unit in units if closed and len(removed) > 1 else ():
-        # A set found later may have made an earlier removal superfluous.
-        less = removed - {unit}
-        if unit in removed and not any(oracle(_minus(whole, less)) for whole in wholes if unit in whole):
-            removed = less
-    needed = closed and all(
-        any(oracle(_minus(whole, removed - {unit})) for whole in wholes if unit in whole) for unit in removed
-    )
+    closed = needed = False
+    try:
+        for whole in wholes:
+            while oracle(rest := _minus(whole, removed)):
+                cores.append(minimal(oracle, rest))
+                removed.add(min(reversed(cores[-1]), key=cost))
+
+        def good(without: set[str]) -> bool:
+            return not any(oracle(_minus(whole, without)) for whole in wholes)
+
+        closed = good(removed)
+        for unit in [unit for unit in units if unit in removed] if closed and len(removed) > 1 else ():
+            # A set found later may have made an earlier removal superfluous.
+            removed = removed - {unit} if good(removed - {unit}) else removed
+        needed = closed and not any(good(removed - {unit}) for unit in removed)
+    except _Spent:
+        closed = needed = False
     return Found(_minus(units, set(units) - removed), tuple(cores), closed, needed, oracle.questions)
+
+
+class _Spent(Exception):
+    """More questions than are allowed."""
 
 
 class _Remembering:
     """An oracle that is asked once for each set, in the order of the whole, and never for the empty one."""
 
-    def __init__(self, bad: Oracle, units: Sequence[str]) -> None:
-        self._bad, self._units = bad, units
+    def __init__(self, bad: Oracle, units: Sequence[str], limit: int) -> None:
+        self._bad, self._units, self._limit = bad, units, limit
         self._known: dict[frozenset[str], bool] = {frozenset(): False}
 
     @property
@@ -116,6 +125,8 @@ class _Remembering:
     def __call__(self, chosen: Iterable[str]) -> bool:
         key = frozenset(chosen)
         if key not in self._known:
+            if self.questions == self._limit:
+                raise _Spent
             self._known[key] = self._bad(tuple(unit for unit in self._units if unit in key))
         return self._known[key]
 
@@ -124,8 +135,8 @@ def _minus(units: Sequence[str], removed: set[str]) -> tuple[str, ...]:
     return tuple(unit for unit in units if unit not in removed)
 
 
-def _cut(units: Sequence[str], blocks: int) -> list[tuple[str, ...]]:
-    """Runs of about equal length, none of them empty."""
+def cut(units: Sequence[str], blocks: int) -> list[tuple[str, ...]]:
+    """Runs of about equal length, so many of them as there are units for."""
     count = min(blocks, len(units))
     ends = [round(index * len(units) / count) for index in range(count + 1)] if count else []
     return [tuple(units[start:end]) for start, end in pairwise(ends)]

@@ -29,10 +29,11 @@ pytestmark = pytest.mark.culprit
 BLOCKS, SMALL = 8, "yolov6_embedded"
 #: Variant, kind of fault, seeds: 20 single faults.
 SINGLE = [
-    *(("yolov6_embedded", "clip", seed) for seed in range(6)),
-    *(("yolov6_embedded", "scale", seed) for seed in range(6)),
-    *(("yolov6_embedded", "per-tensor", seed) for seed in range(4)),
-    *((name, kind, 0) for name in ("yolov8_embedded", "yolox_embedded") for kind in ("clip", "scale")),
+    *((SMALL, "clip", seed) for seed in range(7)),
+    *((SMALL, "scale", seed) for seed in range(7)),
+    *((SMALL, "per-tensor", seed) for seed in range(4)),
+    ("yolov8_embedded", "clip", 0),
+    ("yolox_embedded", "scale", 0),
 ]
 
 
@@ -97,7 +98,7 @@ def test_one_planted_fault_is_found(name, kind, seed):
 def test_two_planted_faults_are_found(seeds):
     faults = {fault for seed in seeds for fault in planted(SMALL, "clip", seed).candidate.faults}
     comparison = compare(SMALL, *faults, known=own(SMALL))
-    found = search(comparison.bad, comparison.units)
+    found = search(comparison.bad, comparison.units, BLOCKS)
     assert set(found.removal) == faults_of(comparison)
     assert len(found.cores) == 2
     assert found.closed
@@ -163,10 +164,12 @@ def test_evidence():
 
 
 class Fusing(Simulated):
-    """Fuses a node less where a tensor is an output, and cannot have the tensors that a node reads as outputs."""
+    """Fuses less where a tensor is an output, and cannot have `hidden` as an output."""
+
+    hidden = ""
 
     def outputs(self, model: ModelProto, images: np.ndarray, marked: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        if marked and not any(name in node.output for node in model.graph.node[-40:] for name in marked):
+        if self.hidden in marked:
             raise AlignError("no such tensor")
         return super().outputs(model, images, marked)
 
@@ -175,9 +178,10 @@ class Fusing(Simulated):
 
 
 def test_a_tensor_that_cannot_be_looked_at_as_it_is():
-    node = next(unit for unit in reversed(reference(SMALL).graph.int8_nodes) if "reg_convs" in unit)
-    faults = (Fault("clip", node),)
-    comparison = Comparison(reference(SMALL).graph, reference(SMALL), Fusing(faults, seed=1), own=own(SMALL))
+    graph = reference(SMALL).graph
+    (fault,) = planted(SMALL, "clip", 0).candidate.faults
+    Fusing.hidden = next(pair.tensor for pair in graph.pairs if pair.node == fault.node and not pair.constant)
+    comparison = Comparison(graph, reference(SMALL), Fusing((fault,), seed=1), own=own(SMALL))
     found = find(comparison).culprits[0].tensors
     assert [tensor.role for tensor in found] == ["gives"]
     assert found[0].fusion_changed
@@ -186,12 +190,12 @@ def test_a_tensor_that_cannot_be_looked_at_as_it_is():
 class Interrupted(Simulated):
     """Is killed after some sets."""
 
-    left = [7]
+    left = 7
 
     def outputs(self, model: ModelProto, images: np.ndarray, marked: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        if not self.left[0]:
+        if not Interrupted.left:
             raise KeyboardInterrupt
-        self.left[0] -= 1
+        Interrupted.left -= 1
         return super().outputs(model, images, marked)
 
 
@@ -208,7 +212,7 @@ def test_a_killed_search_goes_on(monkeypatch, tmp_path):
     kept = json.loads(first.path.read_text())["measured"]
     assert first.builds == 8  # the last was begun
     assert len(kept) == 7
-    Interrupted.left[0] = 1000
+    Interrupted.left = 1000
     again = comparison()
     found = search(again.bad, again.units)
     assert found.removal == tuple(fault.node for fault in faults)
@@ -279,7 +283,7 @@ def test_a_bad_file_and_the_clean_one(bad_file, tmp_path):
     assert report["verdict"]["found"]["removal"] == [node]
     assert report["deployed"] is None
     assert [pattern["pattern"] for pattern in report["patterns"]] == ["ConvTranspose in int8"]
-    assert len(report["measured"]) == report["verdict"]["found"]["questions"] + 1
+    assert len(report["measured"]) == report["verdict"]["found"]["questions"] + 2  # nothing in int8, and all
     # With the same file on both sides there is no gap: the backend does what the file says.
     result = align("culprit", SMALL, "--qdq", bad, "--backend", "simulated", "--images", 2)
     assert result.exit_code == 0, result.output

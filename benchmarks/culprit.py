@@ -64,7 +64,7 @@ def draw(clean: Reference, seed: int, blocks: int, wanted: float = MARGIN * THRE
     """A fault that shows, the gap that the simulated backend has with it, and how many were drawn before it."""
     units = clean.graph.int8_nodes
     own = Comparison(clean.graph, clean, Simulated(seed=2)).own
-    quantized = {pair.node for pair in clean.graph.pairs if not pair.constant}
+    quantized = {pair.node for pair in clean.graph.pairs if not pair.stored}
     for hidden, unit in enumerate(np.random.default_rng(seed).permutation([one for one in units if one in quantized])):
         fault = Fault("scale", str(unit))
         comparison = Comparison(clean.graph, clean, Simulated((fault,), seed=2), own=own)

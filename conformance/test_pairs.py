@@ -81,13 +81,13 @@ def test_weights_that_are_int8_in_the_file(several):
     arrays = {"integers": integers, "steps": steps, "zeros": np.zeros(steps.shape, np.int8)}
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
     graph = QdqGraph(model)
-    pair = next(pair for pair in graph.pairs if pair.constant)
+    pair = next(pair for pair in graph.pairs if pair.stored)
     assert (pair.node, pair.index, pair.tensor, pair.axis) == ("c", 1, "integers", 0 if several else None)
     part = graph.only(())
     floats = tiny("c = Conv (x, w)", w=integers * steps.reshape((-1, 1, 1, 1) if several else ()))
     np.testing.assert_array_equal(run(part, {"x": X})[0], run(floats, {"x": X})[0])
     with pytest.raises(AlignError, match="node c reads no weights through a Q/DQ pair"):
-        graph.with_scales("c", np.max, weights=True)
+        graph.with_scales("c", np.amax, weights=True)
 
 
 def test_a_scale_of_one_reader():
@@ -97,7 +97,7 @@ def test_a_scale_of_one_reader():
     scales = {
         pair.node: float(QdqGraph(changed).values(pair.scale))
         for pair in QdqGraph(changed).pairs
-        if pair.node in "ab" and not pair.constant
+        if pair.node in "ab" and not pair.stored
     }
     assert scales == {"a": pytest.approx(float(SCALE)), "b": pytest.approx(4 * float(SCALE))}
     alone = QdqGraph(changed).only(["b"])
@@ -109,7 +109,7 @@ def test_a_scale_of_one_reader():
 
 def test_one_scale_for_all_channels():
     graph = QdqGraph(quantized(tiny("c = Conv (x, w)")))
-    changed = graph.with_scales("c", np.max, weights=True)
+    changed = graph.with_scales("c", np.amax, weights=True)
     weights = numpy_helper.to_array(graph.constants["w"])
     top = fake_quantizers(graph.model)[1]["w"].max()
     floats = tiny("c = Conv (x, w)", w=fake(weights, top))

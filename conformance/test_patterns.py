@@ -81,7 +81,7 @@ def other_axis() -> onnx.ModelProto:
 
 
 def one_scale() -> onnx.ModelProto:
-    return QdqGraph(quantized(tiny("c = Conv (x, w)", w=UNEVEN))).with_scales("c", np.max, weights=True)
+    return QdqGraph(quantized(tiny("c = Conv (x, w)", w=UNEVEN))).with_scales("c", np.amax, weights=True)
 
 
 class Case(NamedTuple):

@@ -129,7 +129,7 @@ def _weights(graph: QdqGraph) -> Callable[[str], float]:
     """By node, how many weights it reads: of nodes that are bad only together, the one with fewest goes."""
     counts: dict[str, int] = {}
     for pair in graph.pairs:
-        counts[pair.node] = counts.get(pair.node, 0) + (graph.values(pair.tensor).size if pair.constant else 0)
+        counts[pair.node] = counts.get(pair.node, 0) + (graph.values(pair.tensor).size if pair.stored else 0)
     return lambda node: counts[node]
 
 

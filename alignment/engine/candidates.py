@@ -96,7 +96,7 @@ class Fault:
     def planted(self, graph: QdqGraph) -> ModelProto:
         """A graph with this fault.  Raises AlignError for a node without such a pair."""
         if self.kind == "per-tensor":
-            return graph.with_scales(self.node, np.max, weights=True)
+            return graph.with_scales(self.node, np.amax, weights=True)
         factor = COARSER if self.kind == "scale" else CLIPPED
         return graph.with_scales(self.node, lambda scale: scale * factor)
 

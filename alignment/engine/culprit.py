@@ -110,9 +110,9 @@ def _culprit(comparison: Comparison, unit: str, core: tuple[str, ...], modules: 
     node = next(node for node in graph.model.graph.node if node.name == unit)
     worst = max(gaps, key=gaps.__getitem__)
     pairs = [pair for pair in graph.pairs if pair.node == unit]
-    scales = {pair.tensor: float(graph.values(pair.scale)) for pair in pairs if not pair.constant}
-    steps = [graph.values(pair.scale) for pair in pairs if pair.constant]
-    spread = (float(min(map(np.min, steps))), float(max(map(np.max, steps)))) if steps else None
+    scales = {pair.tensor: float(graph.values(pair.scale)) for pair in pairs if not pair.stored}
+    steps = [graph.values(pair.scale) for pair in pairs if pair.stored]
+    spread = (float(min(map(np.amin, steps))), float(max(map(np.amax, steps)))) if steps else None
     tensors = _tensors(comparison, unit, core)
     return Culprit(unit, node.op_type, modules.get(unit, ""), core, gaps[worst], worst, scales, spread, tensors)
 
@@ -124,7 +124,7 @@ def _tensors(comparison: Comparison, unit: str, core: tuple[str, ...]) -> tuple[
     lookup = OnnxGraph(floating)
     node = lookup.nodes[lookup.position[unit]]
     known = {value.name for value in (*subject.graph.input, *subject.graph.output)}
-    read = [pair.tensor for pair in comparison.subject.pairs if pair.node == unit and not pair.constant]
+    read = [pair.tensor for pair in comparison.subject.pairs if pair.node == unit and not pair.stored]
     roles = {tensor: "reads" for tensor in read} | {_activated(lookup, name): "gives" for name in node.output}
     plain, whole = NodeByNode(), set(comparison.candidate.layers(subject))
     found = []

@@ -244,7 +244,7 @@ def outputs_of(model: ModelProto) -> tuple[str, ...]:
     behind: set[str] = set()
     for node in model.graph.node:
         if any(name in behind or name in floats for name in node.input):
-            behind.update(node.output)
+            behind |= set(node.output)
     return tuple(name for name in floats if name not in behind)
 
 

@@ -82,7 +82,7 @@ def bad_scale(scene: _Scene) -> _Seen:
 def inside_fusion(scene: _Scene) -> _Seen:
     """A pair between a convolution and the activation or Add that TensorRT would compute with it."""
     for pair in scene.qdq.pairs:
-        if pair.constant or not scene.convolved(pair.tensor):
+        if pair.stored or not scene.convolved(pair.tensor):
             continue
         node = scene.node(pair.node)
         gating = node.op_type == "Mul" and scene.graph.before_activation(node.output[0]) == pair.tensor
@@ -102,7 +102,7 @@ def unlike_scales(scene: _Scene) -> _Seen:
     """Inputs of one Concat with different scales: each but one is requantized on its way."""
     read: dict[str, list[float]] = {}
     for pair in scene.qdq.pairs:
-        if not pair.constant and scene.node(pair.node).op_type == "Concat":
+        if not pair.stored and scene.node(pair.node).op_type == "Concat":
             read.setdefault(pair.node, []).append(float(scene.scale(pair)))
     for node, scales in read.items():
         if len(set(scales)) > 1:
@@ -127,7 +127,7 @@ def depthwise(scene: _Scene) -> _Seen:
 def _quantized(scene: _Scene, applies: Callable[[NodeProto], bool], evidence: str) -> _Seen:
     for pair in scene.qdq.pairs:
         node = scene.node(pair.node)
-        if pair.constant and pair.index == 1 and scene.graph.weight(node) is not None and applies(node):
+        if pair.stored and pair.index == 1 and scene.graph.weight(node) is not None and applies(node):
             yield node.name, evidence, KEEP.format(node.name)
 
 
@@ -142,17 +142,18 @@ def wrong_axis(scene: _Scene) -> _Seen:
 def uneven_channels(scene: _Scene) -> _Seen:
     """Weights with one scale, and channels so unlike that the small ones are rounded to 0."""
     for pair, node, axis, values in _weights(scene):
-        channels = np.abs(np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)).max(1)
+        channels = np.amax(np.abs(np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)), 1)
         live = channels[channels > 0]
-        if pair.axis is None and len(live) and live.max() / live.min() > RATIO:
-            evidence = f"one scale for channels of {live.min():.3g} to {live.max():.3g}"
+        least, most = (float(np.amin(live)), float(np.amax(live))) if len(live) else (1.0, 1.0)
+        if pair.axis is None and most / least > RATIO:
+            evidence = f"one scale for channels of {least:.3g} to {most:.3g}"
             yield node.name, evidence, "give its weights a scale for each channel"
 
 
 def _weights(scene: _Scene) -> Iterator[tuple[Pair, NodeProto, int, np.ndarray]]:
     for pair in scene.qdq.pairs:
         node = scene.node(pair.node)
-        if pair.constant and pair.index == 1 and scene.graph.weight(node) is not None:
+        if pair.stored and pair.index == 1 and scene.graph.weight(node) is not None:
             values = scene.graph.initializers[node.input[1]]
             yield pair, node, scene.graph.weight_axis(node), numpy_helper.to_array(values)
 
@@ -160,7 +161,7 @@ def _weights(scene: _Scene) -> Iterator[tuple[Pair, NodeProto, int, np.ndarray]]
 def clipping(scene: _Scene) -> _Seen:
     """An activation that goes far beyond what its scale reaches; only where ranges are known."""
     for pair in scene.qdq.pairs:
-        if pair.constant or pair.tensor not in scene.ranges:
+        if pair.stored or pair.tensor not in scene.ranges:
             continue
         reach, seen = 127 * float(scene.scale(pair)), scene.ranges[pair.tensor]
         if seen > CLIPPING * reach:

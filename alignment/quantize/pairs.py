@@ -28,7 +28,7 @@ class Pair:
         tensor: what is quantized: an activation, or an initializer.
         scale: name of the initializer that holds the scale.
         axis: along which there are several scales; None for one scale.
-        constant: whether what is quantized is an initializer, float or int8.
+        stored: whether what is quantized is an initializer, float or int8.
     """
 
     node: str
@@ -36,7 +36,7 @@ class Pair:
     tensor: str
     scale: str
     axis: int | None
-    constant: bool
+    stored: bool
 
 
 class QdqGraph:
@@ -125,7 +125,7 @@ class QdqGraph:
         Raises:
             AlignError: for a node that has no such pair, or only weights that are int8 in the file.
         """
-        chosen = [pair for pair in self.pairs if pair.node == node and pair.constant == weights]
+        chosen = [pair for pair in self.pairs if pair.node == node and pair.stored == weights]
         floats = [p for p in chosen if p.tensor not in self.constants or self.values(p.tensor).dtype == np.float32]
         if not floats:
             kind = "weights" if weights else "activations"

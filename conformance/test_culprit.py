@@ -66,16 +66,16 @@ def compare(name: str, *faults: Fault, known: dict[str, float] | None = None) ->
     return Comparison(reference(name).graph, reference(name), Simulated(faults, seed=1), own=known)
 
 
-def planted(name: str, kind: str, seed: int) -> Comparison:
+def planted(name: str, kind: str, seed: int, blocks: int = BLOCKS) -> Comparison:
     """One fault that shows, in the whole or in a block of it; those drawn before it that do not show are passed by."""
     graph = reference(name).graph
     units = graph.int8_nodes
-    for unit in np.random.default_rng(seed).permutation(units):
+    for unit in np.random.default_rng([seed, len(kind)]).permutation(units):
         weights = kind == "per-tensor"
         if not any(pair.node == unit and pair.stored == weights for pair in graph.pairs):
             continue
         comparison = compare(name, Fault(kind, str(unit)), known=own(name))
-        block = next(block for block in cut(units, BLOCKS) if unit in block)
+        block = next(block for block in cut(units, blocks) if unit in block)
         if comparison.bad(units) or comparison.bad(block):
             return comparison
     raise AssertionError(f"{name}: no {kind} shows")
@@ -131,7 +131,7 @@ class Together(Simulated):
 
 def test_two_that_are_bad_only_together():
     """One of them is taken out, the one that costs less."""
-    (fault,) = planted(SMALL, "clip", 1).candidate.faults
+    (fault,) = planted(SMALL, "clip", 1, blocks=1).candidate.faults
     units = reference(SMALL).graph.int8_nodes
     other = units[(units.index(fault.node) + 20) % len(units)]
     comparison = Comparison(reference(SMALL).graph, reference(SMALL), Together((fault,), seed=1, with_=(other,)))
@@ -144,7 +144,7 @@ def test_two_that_are_bad_only_together():
 
 
 def test_evidence():
-    comparison = planted(SMALL, "clip", 0)
+    comparison = planted(SMALL, "clip", 0, blocks=1)
     (node,) = faults_of(comparison)
     verdict = find(comparison, modules={node: "model.layer"})
     assert verdict.gap > comparison.threshold > verdict.mended
@@ -181,7 +181,7 @@ class Fusing(Simulated):
 
 def test_a_tensor_that_cannot_be_looked_at_as_it_is():
     graph = reference(SMALL).graph
-    (fault,) = planted(SMALL, "clip", 0).candidate.faults
+    (fault,) = planted(SMALL, "clip", 0, blocks=1).candidate.faults
     Fusing.hidden = next(pair.tensor for pair in graph.pairs if pair.node == fault.node and not pair.stored)
     comparison = Comparison(graph, reference(SMALL), Fusing((fault,), seed=1), own=own(SMALL))
     found = find(comparison).culprits[0].tensors
@@ -203,7 +203,7 @@ class Interrupted(Simulated):
 
 def test_a_killed_search_goes_on(monkeypatch, tmp_path):
     monkeypatch.setattr("alignment.engine.gap.cache_dir", lambda: tmp_path)
-    faults = planted(SMALL, "clip", 2).candidate.faults
+    faults = planted(SMALL, "clip", 2, blocks=1).candidate.faults
 
     def comparison() -> Comparison:
         return Comparison(reference(SMALL).graph, reference(SMALL), Interrupted(faults, seed=3))

@@ -19,7 +19,6 @@ from alignment.quantize.trouble import RATIO
 
 #: An activation whose largest value is so many times what its scale reaches is clipped.
 CLIPPING = 2.0
-KEEP = "leave it in float: --keep-float {}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,11 @@ def bad_scale(scene: _Scene) -> _Seen:
         wrong = np.flatnonzero(~(np.isfinite(values) & (values >= np.finfo(np.float32).tiny)))
         if len(wrong):
             where = f", channel {wrong[0]}" if values.size > 1 else ""
-            yield pair.node, f"the scale of {pair.tensor}{where} is {values[wrong[0]]:g}", KEEP.format(pair.node)
+            yield (
+                pair.node,
+                f"the scale of {pair.tensor}{where} is {values[wrong[0]]:g}",
+                f"leave it in float: --keep-float {pair.node}",
+            )
 
 
 def inside_fusion(scene: _Scene) -> _Seen:
@@ -128,7 +131,7 @@ def _quantized(scene: _Scene, applies: Callable[[NodeProto], bool], evidence: st
     for pair in scene.qdq.pairs:
         node = scene.node(pair.node)
         if pair.stored and pair.index == 1 and scene.graph.weight(node) is not None and applies(node):
-            yield node.name, evidence, KEEP.format(node.name)
+            yield node.name, evidence, f"leave it in float: --keep-float {node.name}"
 
 
 def wrong_axis(scene: _Scene) -> _Seen:

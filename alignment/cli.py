@@ -1,4 +1,5 @@
-"""``align``: run, table, export, quantize, sensitivity, layers, explain, inspect, variants, doctor, schema, synthetic.
+"""``align``: run, table, export, quantize, sensitivity, culprit, layers, explain, inspect, variants, doctor, schema,
+synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -30,6 +31,7 @@ from alignment.commands.console import (
     sized,
     write_report,
 )
+from alignment.commands.culprit import culprit
 from alignment.commands.explain import explain
 from alignment.commands.inspect import inspect
 from alignment.commands.quantize import quantize
@@ -209,6 +211,7 @@ def layers(
 
 app.command()(reported(quantize))
 app.command()(reported(sensitivity))
+app.command()(reported(culprit))
 app.command()(reported(explain))
 app.command()(reported(inspect))
 

@@ -32,7 +32,7 @@ MARKERS = {
     "int8_alignment": "INT8 finds what torch finds in FP32, by every route, and each backend computes the same graph",
     "sensitivity": "sweeps over layers name what int8 spoils, and their numbers are those of whole runs",
     "nms": "post-processing: what each implementation keeps, and why they differ",
-    "culprit": "engines taken apart, and what makes one worse than its QDQ graph",
+    "culprit": "engines taken apart, and the search for the Q/DQ pairs that make one worse than ONNX Runtime",
     "topk": "which candidates a TopK lets through, and what its limit costs",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
     "real_data": "needs the real checkpoints and images below ALIGN_DATA",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,19 +81,18 @@ def tensorrt_build(
     ability = Capabilities.current()
     if case.route != "qdq" and not ability.has_int8_flag:
         raise AlignError(f"{case.id}: TensorRT {ability.version} knows int8 from QDQ nodes only", "take the route qdq")
-    explicit = case.route == "qdq"
+    if case.route == "qdq":
+        path = graph_file(quantized.model, f"{variant.name}.qdq")
+        return TensorRTBuild(path, explicit(path, variant.float32_nodes, batch), None)
     reads = case.route in CALIBRATORS and case.route != "implicit"
-    path = graph_file(quantized.model, f"{variant.name}.qdq") if explicit else quantized.source
+    path = quantized.source
     decoding = float32_nodes(path, variant.float32_nodes)
     options = BuildOptions(
         precision="int8",
-        strongly_typed=not ability.has_int8_flag,
-        float32_nodes=decoding if ability.has_int8_flag else (),
+        float32_nodes=decoding,
         # Without Q/DQ nodes nothing in the graph says what stays float: these layers are bound to it.  Not while one of
         # TensorRT's calibrators reads images: it does so in float32, and then finds no implementation of float16.
-        float16_nodes=()
-        if explicit or reads
-        else tuple(n for n in quantized.placement.float_nodes if n not in decoding),
+        float16_nodes=() if reads else tuple(n for n in quantized.placement.float_nodes if n not in decoding),
         ranges=quantized.ranges if case.route == "dynamic_range" else (),
         calibrator=CALIBRATORS.get(case.route or "", ""),
         cache=quantized.cache(ability.version) if case.route == "implicit" else "",
@@ -101,6 +100,26 @@ def tensorrt_build(
         max_batch=batch,
     )
     return TensorRTBuild(path, options, calibration_images(variant, data) if reads else None)
+
+
+def explicit(path: Path, patterns: Sequence[str] = (), batch: int = 1) -> BuildOptions:
+    """How a graph is built whose int8 comes from QDQ nodes, decoding in float32.
+
+    Args:
+        path: its file.
+        patterns: the variant's `float32_nodes`.
+        batch: the number of images at once.
+    """
+    from alignment.engine.capabilities import Capabilities
+
+    flags = Capabilities.current().has_int8_flag
+    return BuildOptions(
+        precision="int8",
+        strongly_typed=not flags,
+        float32_nodes=float32_nodes(path, patterns) if flags else (),
+        opt_batch=batch,
+        max_batch=batch,
+    )
 
 
 def calibration_images(variant: Variant, data: Path | None) -> CalibrationImages:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from test_placement import graphs, tiny
 
 from alignment.inspection.draw import GAP, STYLES, WIDTH, draw
-from alignment.inspection.saved import Inspection
+from alignment.inspection.saved import Inspection, load_inspection
+from alignment.variant import golden_dir
 
 pytestmark = pytest.mark.culprit
 SVG = "{http://www.w3.org/2000/svg}"
@@ -152,3 +153,12 @@ def test_two_files_beside_each_other(tmp_path):
     assert result.exit_code == 0, result.output
     left, right = lanes((tmp_path / "int8-against-float.svg").read_text())
     assert (len(left), len(right)) == (7, 3)
+
+
+def test_recorded_engines_side_by_side():
+    engines = [load_inspection(path) for path in sorted((golden_dir() / "engines").glob("yolov8_n-*.engine.json"))]
+    drawn = lanes(draw(engines))
+    assert [len(lane) for lane in drawn] == [len(made.engine_graph.layers) for made in engines]
+    for made, lane in zip(engines, drawn, strict=True):
+        for place, before in enumerate(made.engine_graph.before):
+            assert all(lane[source].y < lane[place].y for source in before)

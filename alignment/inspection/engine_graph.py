@@ -88,15 +88,16 @@ class EngineGraph:
 
     @cached_property
     def before(self) -> list[list[int]]:
-        """The layers whose outputs each layer reads, in the engine's order."""
+        """The layers whose outputs each layer reads, in the engine's order, which is that of execution."""
         found: list[set[int]] = [set() for _ in self.layers]
         if not any(one.inputs for one in self.layers):
             self._join_by_nodes(found)
             return [sorted(places) for places in found]
         for place, one in enumerate(self.layers):
             for tensor in one.inputs:
-                found[place].update(self._made.get(tensor.name) or self._sources(tensor.name))
-            found[place].discard(place)
+                sources = self._made.get(tensor.name) or self._sources(tensor.name)
+                # Parts of a Concat that are written in place have its name, those too that are written later.
+                found[place].update(source for source in sources if source < place)
         behind = _turned(found)
         for place, one in enumerate(self.layers):
             if not one.moves:

@@ -1,4 +1,4 @@
-"""``align``: run, table, export, quantize, layers, explain, variants, doctor, schema, synthetic.
+"""``align``: run, table, export, quantize, partial, layers, explain, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -29,6 +29,7 @@ from alignment.commands.console import (
     write_report,
 )
 from alignment.commands.explain import explain
+from alignment.commands.partial import partial
 from alignment.commands.quantize import quantize
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
@@ -192,6 +193,7 @@ def layers(
 
 
 app.command()(reported(quantize))
+app.command()(reported(partial))
 app.command()(reported(explain))
 
 

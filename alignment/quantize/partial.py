@@ -1,201 +1,240 @@
-"""Partial quantization: the search for the few nodes that are worth keeping in float.
-
-What a set of nodes is worth is measured, never added up from its members: two nodes that spoil the same thing gain
-nothing one by one, and of two that mend the same thing one is enough.  A search goes by agreement with the float32
-network, AP decides between sets that agree alike: AP on a few dozen images wavers by more than one node changes.
-"""
+"""Partial quantization of a variant: what is asked for, the search for it, and what is written of it."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from alignment.quantize.scoring import Score
+from alignment.errors import AlignError
+from alignment.export.onnx_export import file_digest
+from alignment.quantize.candidates import Candidates
+from alignment.quantize.keep_float import write_keep_float
+from alignment.quantize.ranking import rank_correlations
+from alignment.quantize.scoring import Score, Scorer
+from alignment.quantize.search import NONE, SWAPS, TRIES, Found, Kept, Search
+from alignment.quantize.sensitivity import Sensitivity
+from alignment.storage import writing
 
-Kept = frozenset[str]
-#: The score of the network that is int8 but for these nodes.
-Objective = Callable[[Kept], Score]
-#: How many of the best-ranked nodes are tried at each step.
-TRIES = 8
-#: How often a node of a finished set is exchanged for another, at most.
-SWAPS = 3
-NONE: Kept = frozenset()
+BUDGET = "give AP=0.3 for 0.3 points of AP (0.003 of 1) lost at most, or agreement=0.95 for that agreement at least"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search came to.
+class Goal:
+    """What is asked for.
 
     Attributes:
-        chosen: the nodes that stay float.
-        reached: whether that is what was asked for; else it is the best there was.
-        ways: the sets that the search compared, by how they were found.
+        kind: ``layers``: so many nodes in float; ``AP``: so many points, hundredths of 0..1, lost at most;
+            ``agreement``: at least that; ``latency``: ms at most.
+        limit: of it.
     """
 
-    chosen: Kept
-    reached: bool
-    ways: dict[str, Kept]
+    kind: Literal["layers", "AP", "agreement", "latency"]
+    limit: float
+
+    def __str__(self) -> str:
+        return {
+            "layers": f"{self.limit:g} nodes in float",
+            "AP": f"at most {self.limit:g} points of AP lost",
+            "agreement": f"agreement of at least {self.limit:g}",
+            "latency": f"at most {self.limit:g} ms",
+        }[self.kind]
+
+    def accepts(self, score: Score, reference: Score) -> bool:
+        """Whether a score is as good as was asked for, beside that of the float32 network."""
+        if self.kind == "AP":
+            return reference.ap - score.ap <= self.limit / 100
+        return score.agreement >= self.limit
 
 
-def worth(score: Score) -> tuple[float, float]:
-    """What scores are compared by."""
-    return score.agreement, score.ap
+def budget(text: str) -> Goal:
+    """The goal that ``--budget`` names: ``AP=0.3`` or ``agreement=0.95``.  Raises AlignError for another text."""
+    kind, _, number = text.partition("=")
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = math.nan
+    if kind not in ("AP", "agreement") or not 0 <= limit <= (100 if kind == "AP" else 1):
+        raise AlignError(f"--budget {text}: no budget", BUDGET)
+    return Goal(kind, limit)  # type: ignore[arg-type]
 
 
-class Search:
-    """Sets of nodes that stay float, scored.  It is deterministic: of equals, the better ranked is taken.
+@dataclass(frozen=True)
+class Point:
+    """A set of nodes that was scored.
+
+    Attributes:
+        kept: the nodes that stay float, the most sensitive first.
+        int8_macs: the share of the network's multiplications that are done in int8.
+        ap: 0..1.
+        ap_lost: against the float32 network, 0..1.
+        agreement: with the float32 network, 0..1.
+        latency_ms: where it was timed.
+    """
+
+    kept: list[str]
+    int8_macs: float
+    ap: float
+    ap_lost: float
+    agreement: float
+    latency_ms: float | None = None
+
+
+def frontier(points: Iterable[Point], cost: Callable[[Point], float], loss: Callable[[Point], float]) -> list[Point]:
+    """The Pareto front by rising cost: points than which none is as cheap and loses less, nor cheaper and as good."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (cost(point), loss(point))):
+        if not best or loss(point) < loss(best[-1]):
+            best.append(point)
+    return best
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What came of a search.
+
+    Attributes:
+        candidates: what it chose from.
+        goal: what was asked for.
+        metric: that ranked the candidates.
+        sensitivity: where the ranking is from.
+        reference: the score of the float32 network.
+        images: how many it was scored on.
+        search: all that was scored.
+        found: what was chosen.
+        needed: by how much agreement falls when a chosen node alone goes back to int8.
+        correlations: see `rank_correlations`.
+    """
+
+    candidates: Candidates
+    goal: Goal
+    metric: str
+    sensitivity: Sensitivity
+    reference: Score
+    images: int
+    search: Search
+    found: Found
+    needed: dict[str, float]
+    correlations: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def point(self, kept: Kept) -> Point:
+        """A set that was scored."""
+        score, share = self.search.scores[kept], self.candidates.int8_share(kept)
+        lost = self.reference.ap - score.ap
+        latency = self.search.latencies.get(kept)
+        return Point(self.search.ranked(kept), share, score.ap, lost, score.agreement, latency)
+
+    @property
+    def points(self) -> list[Point]:
+        """Every set that was scored, in that order."""
+        return [self.point(kept) for kept in self.search.scores]
+
+    @property
+    def ways(self) -> dict[str, Point]:
+        """The sets that are compared, by how they were found: nothing in float first."""
+        return {name: self.point(kept) for name, kept in {"all in int8": NONE, **self.found.ways}.items()}
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why each node stays float, those that the recipe names included; in the order of the graph."""
+        values = {layer.node: layer.metrics[self.metric] for layer in self.sensitivity.layers}
+        reasons = {}
+        for node in self.candidates.named(self.found.chosen):
+            if node in self.found.chosen:
+                rank = self.search.ranking.index(node) + 1
+                value = f"{values[node]:.4g}" if node in values else "not in the ranking"
+                gain = f"in int8 as the only one of these it would cost {self.needed[node]:.4f} of agreement"
+                reasons[node] = f"rank {rank} by {self.metric} ({value}); {gain}"
+            else:
+                reasons[node] = f"the recipe keeps {self.candidates.kept_by_recipe[node]}"
+        return reasons
+
+    def report(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        variant = self.candidates.variant
+        return {
+            "variant": variant.name,
+            "graph_sha256": file_digest(self.candidates.source),
+            "recipe": variant.quantization.model_dump(mode="json"),
+            "goal": asdict(self.goal),
+            "reached": self.found.reached,
+            "images": self.images,
+            "reference": asdict(self.reference),
+            "ranking": {"metric": self.metric, "mode": self.sensitivity.mode, "nodes": list(self.search.ranking)},
+            "chosen": asdict(self.point(self.found.chosen)),
+            "ways": {name: asdict(point) for name, point in self.ways.items()},
+            "rank_correlations": {
+                metric: {cost: None if math.isnan(value) else value for cost, value in found.items()}
+                for metric, found in self.correlations.items()
+            },
+            "points": [asdict(point) for point in self.points],
+        }
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes ``keep_float.yaml``, ``partial.json`` and ``pareto.svg``, and returns the paths."""
+        from alignment.report.pareto import draw_pareto
+
+        paths = [folder / name for name in ("keep_float.yaml", "partial.json", "pareto.svg")]
+        write_keep_float(paths[0], self.candidates.variant.name, self.candidates.source, self.reasons)
+        with writing(paths[1]) as file:
+            file.write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
+        with writing(paths[2]) as file:
+            draw_pareto(file, self.candidates.variant.name, self.points, self.point(self.found.chosen), self.ways)
+        return paths
+
+
+def partial(
+    candidates: Candidates,
+    scorer: Scorer,
+    sensitivity: Sensitivity,
+    goal: Goal,
+    metric: str = "agreement",
+    tries: int = TRIES,
+    swaps: int = SWAPS,
+    latency: Callable[[Kept], float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Partial:
+    """Searches for the nodes to keep in float.
 
     Args:
-        ranking: all nodes that may stay float, the most sensitive first.
-        objective: scores a set; it is asked once for each.
-        tries: at each step so many of the best-ranked nodes are tried.
-        swaps: at most so many nodes of a finished set are exchanged.
-        progress: called with the number of sets scored.
+        candidates: what may stay float.
+        scorer: of the same variant.
+        sensitivity: of the same graph; candidates that it does not know come last.
+        goal: what is asked for.
+        metric: by which candidates are ranked.
+        tries, swaps: see `Search`.
+        latency: times a set, in ms, for a goal of that kind.
+        progress: called with the number of sets scored, and how many there are at most.
 
-    Attributes:
-        scores: of every set that was asked for, in that order.
-        latencies: milliseconds, of every set that was timed.
+    Raises:
+        AlignError: for a sensitivity of another graph or without that metric, and for more nodes than there are.
     """
+    _require_same(candidates, sensitivity)
+    ranked = [node for node in sensitivity.ranking(metric) if node in candidates.nodes]
+    ranking = [*ranked, *(node for node in candidates.nodes if node not in ranked)]
+    search = Search(ranking, lambda kept: scorer.score(candidates.quantized(kept).model), tries, swaps, progress)
+    reference = scorer.float_score
+    search.score(NONE)
+    if goal.kind == "layers":
+        if not goal.limit <= len(ranking):
+            raise AlignError(f"--layers {goal.limit:g}: {len(ranking)} nodes are in int8", "ask for so many at most")
+        found = search.by_count(int(goal.limit))
+    elif goal.kind == "latency":
+        assert latency is not None
+        found = search.by_latency(latency, goal.limit)
+    else:
+        found = search.by_score(lambda score: goal.accepts(score, reference), candidates.macs)
+    needed = search.needed(found.chosen)
+    correlations = rank_correlations(sensitivity, candidates.nodes)
+    images = len(scorer.samples)
+    return Partial(candidates, goal, metric, sensitivity, reference, images, search, found, needed, correlations)
 
-    def __init__(
-        self,
-        ranking: Sequence[str],
-        objective: Objective,
-        tries: int = TRIES,
-        swaps: int = SWAPS,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        self.ranking, self.tries, self.swaps = tuple(ranking), tries, swaps
-        self._objective, self._progress = objective, progress
-        self.scores: dict[Kept, Score] = {}
-        self.latencies: dict[Kept, float] = {}
 
-    def score(self, kept: Kept) -> Score:
-        """The score of a set, measured the first time."""
-        if kept not in self.scores:
-            self.scores[kept] = self._objective(kept)
-            if self._progress:
-                self._progress(len(self.scores))
-        return self.scores[kept]
-
-    def ranked(self, kept: Collection[str]) -> list[str]:
-        """The members of a set, the most sensitive first."""
-        return [node for node in self.ranking if node in kept]
-
-    def most_steps(self, count: int) -> int:
-        """How many sets `by_count` scores at most."""
-        return 1 + count + count * self.tries * (1 + self.swaps)
-
-    def by_count(self, count: int) -> Found:
-        """The best set of `count` nodes: never worse than the first `count` of the ranking.
-
-        These are one start; the other is greedy: one node at a time, that with which the set scores best.  The better
-        of the two is improved by exchanges.
-        """
-        greedy = NONE
-        for _ in range(count):
-            greedy = self._best(greedy | {node} for node in self._untaken(greedy))
-        # All beginnings of the ranking are scored: they are the curve that the greedy one is held against.
-        top = [frozenset(self.ranking[:size]) for size in range(count + 1)]
-        for kept in top:
-            self.score(kept)
-        ways = {f"top-{count}": top[-1], "greedy": greedy}
-        ways["exchanged"] = self._exchanged(self._best(ways.values()))
-        return Found(self._best(ways.values()), True, ways)
-
-    def by_score(self, reached: Callable[[Score], bool], macs: Mapping[str, int]) -> Found:
-        """The set with the fewest multiplications in float that has a score which `reached` accepts.
-
-        It grows along the ranking, and by gain for each multiplication, until it is reached; then every member that
-        is not needed goes back to int8, the largest first.
-
-        Args:
-            reached: whether a score is good enough.
-            macs: multiplications of each node of the ranking.
-        """
-
-        def cost(kept: Kept) -> int:
-            return sum(macs[node] for node in kept)
-
-        ways: dict[str, Kept] = {}
-        most = math.inf
-        for name, tries in (("ranking", 1), ("greedy", self.tries)):
-            grown = self._grown(reached, macs, tries, most)
-            if grown is not None:
-                ways[name] = self._trimmed(grown, reached, macs)
-                most = min(most, cost(ways[name]))
-        if not ways:
-            return Found(self._best(self.scores), False, ways)
-        return Found(min(ways.values(), key=cost), True, ways)
-
-    def by_latency(self, latency: Callable[[Kept], float], limit: float) -> Found:
-        """The most accurate set that takes at most `limit` ms.
-
-        It grows by the node with which it scores best, as long as that helps, and is fast enough.
-
-        Args:
-            latency: times a set, in ms; it is asked once for each, and only for those that score better.
-            limit: in ms.
-        """
-        kept = NONE
-        reached = self._timed(kept, latency) <= limit
-        while reached:
-            better = [kept | {node} for node in self._untaken(kept)]
-            better = [s for s in better if worth(self.score(s)) > worth(self.score(kept))]
-            better.sort(key=lambda s: worth(self.score(s)), reverse=True)
-            step = next((s for s in better if self._timed(s, latency) <= limit), None)
-            if step is None:
-                break
-            kept = step
-        self.score(kept)
-        return Found(kept, reached, {"greedy": kept})
-
-    def needed(self, kept: Kept) -> dict[str, float]:
-        """By how much agreement falls when one member alone goes back to int8, the most sensitive first."""
-        whole = self.score(kept).agreement
-        return {node: whole - self.score(kept - {node}).agreement for node in self.ranked(kept)}
-
-    def _untaken(self, kept: Kept) -> list[str]:
-        """The best-ranked nodes beside a set."""
-        return [node for node in self.ranking if node not in kept][: self.tries]
-
-    def _best(self, sets: Iterable[Kept]) -> Kept:
-        return max(sets, key=lambda kept: worth(self.score(kept)))
-
-    def _exchanged(self, kept: Kept) -> Kept:
-        """One member exchanged for another node, the best such exchange, while that helps."""
-        for _ in range(self.swaps):
-            others = self._untaken(kept)
-            tried = [kept - {old} | {new} for old in self.ranked(kept) for new in others]
-            best = self._best([kept, *tried])
-            if best == kept:
-                break
-            kept = best
-        return kept
-
-    def _grown(
-        self, reached: Callable[[Score], bool], macs: Mapping[str, int], tries: int, most: float
-    ) -> Kept | None:
-        """Node by node until reached; None where that takes `most` multiplications or all nodes are taken."""
-        kept = NONE
-        while not reached(self.score(kept)):
-            others = self._untaken(kept)[:tries]
-            if not others or sum(macs[node] for node in kept) >= most:
-                return None
-            gains = {node: self.score(kept | {node}).agreement - self.score(kept).agreement for node in others}
-            # What loses is not weighed by its size: the largest would seem to lose least.
-            best = max(others, key=lambda node: (gains[node] / macs[node] if gains[node] > 0 else gains[node]))
-            kept = kept | {best}
-        return kept
-
-    def _trimmed(self, kept: Kept, reached: Callable[[Score], bool], macs: Mapping[str, int]) -> Kept:
-        for node in sorted(self.ranked(kept), key=lambda node: -macs[node]):
-            if reached(self.score(kept - {node})):
-                kept = kept - {node}
-        return kept
-
-    def _timed(self, kept: Kept, latency: Callable[[Kept], float]) -> float:
-        if kept not in self.latencies:
-            self.latencies[kept] = latency(kept)
-        return self.latencies[kept]
+def _require_same(candidates: Candidates, sensitivity: Sensitivity) -> None:
+    ours, theirs = file_digest(candidates.source), sensitivity.identity.get("reference_sha256")
+    if theirs != ours:
+        what = f"the ranking is of {sensitivity.variant}'s graph {str(theirs)[:12]}, this one is {ours[:12]}"
+        raise AlignError(what, "make it anew with `align sensitivity`")

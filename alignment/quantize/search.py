@@ -127,9 +127,11 @@ class Search:
             if grown is not None:
                 ways[name] = self._trimmed(grown, reached, macs)
                 most = min(most, cost(ways[name]))
-        if not ways:
+        enough = [kept for kept in self.scores if reached(self.scores[kept])]
+        if not enough:
             return Found(self._best(self.scores), False, ways)
-        return Found(min(ways.values(), key=lambda kept: (cost(kept), -self.score(kept).agreement)), True, ways)
+        # Among them those that were only tried on the way: a step goes by gain, and may pass one by.
+        return Found(min(enough, key=lambda kept: (cost(kept), -self.scores[kept].agreement)), True, ways)
 
     def by_latency(self, latency: Callable[[Kept], float], limit: float) -> Found:
         """The most accurate set that takes at most `limit` ms.

@@ -73,7 +73,7 @@ def _draw(axes: Any, panel: _Panel, points: Sequence[Point], chosen: Point, ways
     axes.plot(*place(front), "-o", color="#1f6feb", markersize=4, linewidth=1.2, label="Pareto front")
     for (name, point), marker in zip(ways.items(), "sDv^<>", strict=False):
         if point in points:
-            axes.plot(*place([point]), marker, color="#b45309", markersize=6, fillstyle="none", label=name)
+            axes.plot(*place([point]), marker, color="#b45309", markersize=7, fillstyle="none", zorder=4, label=name)
     if chosen in points:
         label = f"chosen: {len(chosen.kept)} in float"
         axes.plot(*place([chosen]), "*", color="#d1242f", markersize=13, label=label)

@@ -60,6 +60,7 @@ def partial(
     require_folders({"--out": out_dir})
     from alignment.engine.capabilities import Capabilities
     from alignment.quantize.candidates import Candidates
+    from alignment.quantize.partial import KEEP_FLOAT
     from alignment.quantize.partial import partial as search
     from alignment.quantize.scoring import Scorer
     from alignment.quantize.sensitivity import Sensitivity
@@ -88,6 +89,9 @@ def partial(
     _print(found)
     for path in found.save(out_dir):
         out.print(f"wrote {path}", markup=False)
+    option = f" --policy {policy}" if policy else ""
+    taken = f"align quantize {variant}{option} --keep-float {out_dir / KEEP_FLOAT} --out DIR"
+    out.print(f"it is taken by: {taken}", markup=False)
     if not found.found.reached:
         out.print(f"not reached: {goal}; what is written is the best that was found")
         raise typer.Exit(1)

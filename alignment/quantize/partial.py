@@ -19,6 +19,7 @@ from alignment.quantize.search import NONE, SWAPS, TRIES, Found, Kept, Search
 from alignment.quantize.sensitivity import Sensitivity
 from alignment.storage import writing
 
+KEEP_FLOAT = "keep_float.yaml"
 BUDGET = "give AP=0.3 for 0.3 points of AP (0.003 of 1) lost at most, or agreement=0.95 for that agreement at least"
 
 
@@ -177,7 +178,7 @@ class Partial:
         """Writes ``keep_float.yaml``, ``partial.json`` and ``pareto.svg``, and returns the paths."""
         from alignment.report.pareto import draw_pareto
 
-        paths = [folder / name for name in ("keep_float.yaml", "partial.json", "pareto.svg")]
+        paths = [folder / name for name in (KEEP_FLOAT, "partial.json", "pareto.svg")]
         write_keep_float(paths[0], self.candidates.variant.name, self.candidates.source, self.reasons)
         with writing(paths[1]) as file:
             file.write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")

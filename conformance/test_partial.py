@@ -404,6 +404,12 @@ class TestPartial:
         assert [point.latency_ms for point in timed] == [1.0 + len(point.kept) for point in timed]
         assert len(timed) == len(nodes)
 
+    def test_no_truth(self, yolov8, monkeypatch):
+        scorer = Scorer(yolov8.variant, images=2)
+        monkeypatch.setattr(scorer, "float_score", Score(-1, 1))
+        with pytest.raises(AlignError, match="no truth to lose AP on: give agreement"):
+            partial(yolov8.candidates, scorer, yolov8.ranking, Goal("AP", 0.3))
+
     def test_ranking_of_another_graph(self, yolov8):
         other = yolov8.ranking.model_copy(update={"identity": {"reference_sha256": "beef"}})
         with pytest.raises(AlignError, match=r"graph beef, this one is .*align sensitivity"):

@@ -63,10 +63,11 @@ def partial(
     from alignment.quantize.partial import KEEP_FLOAT
     from alignment.quantize.partial import partial as search
     from alignment.quantize.scoring import Scorer
-    from alignment.quantize.sensitivity import Sensitivity
+    from alignment.quantize.sensitivity import Sensitivity, require_metric
     from alignment.report.pareto import require_matplotlib
 
     require_matplotlib()
+    require_metric(metric)
     if goal.kind == "latency":
         Capabilities.current()
     changes: dict[str, Any] = {"policy": policy, "keep_float": [] if ignore_keep_float else None}

@@ -211,13 +211,16 @@ def partial(
         progress: called with the number of sets scored, and how many there are at most.
 
     Raises:
-        AlignError: for a sensitivity of another graph or without that metric, and for more nodes than there are.
+        AlignError: for a sensitivity of another graph or without that metric, more nodes than there are, or a budget of
+            AP on images without truth.
     """
     _require_same(candidates, sensitivity)
     ranked = [node for node in sensitivity.ranking(metric) if node in candidates.nodes]
     ranking = [*ranked, *(node for node in candidates.nodes if node not in ranked)]
     search = Search(ranking, lambda kept: scorer.score(candidates.quantized(kept).model), tries, swaps, progress)
     reference = scorer.float_score
+    if goal.kind == "AP" and reference.ap < 0:
+        raise AlignError(f"{candidates.variant.name}: its images have no truth to lose AP on", "give agreement=0.95")
     search.score(NONE)
     if goal.kind == "layers":
         if not goal.limit <= len(ranking):

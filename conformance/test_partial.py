@@ -447,7 +447,8 @@ def ranked(yolov8, tmp_path_factory):
 class TestCommand:
     def test_what_is_written_is_what_was_scored(self, ranked, tmp_path, own_scores):
         pytest.importorskip("matplotlib")
-        runs = [align("partial", *ranked, "--layers", "2", "--out", tmp_path / name) for name in "ab"]
+        asked = [*ranked, "--layers", "2", "--policy", "conv-only", "--plain"]
+        runs = [align("partial", *asked, "--out", tmp_path / name) for name in "ab"]
         assert [run.exit_code for run in runs] == [0, 0], runs[0].output
         assert "top-2" in runs[0].stdout
         assert "+1.000" in runs[0].stdout
@@ -459,8 +460,8 @@ class TestCommand:
         assert {entry["node"] for entry in kept} == set(report["chosen"]["kept"])
         assert all(entry["reason"].startswith("rank ") for entry in kept)
         assert report["chosen"] in report["points"]
-        options = ["--keep-float", tmp_path / "a" / "keep_float.yaml", "--out", tmp_path / "q"]
-        assert align("quantize", "yolov8_embedded", *options).exit_code == 0
+        taken = next(line for line in runs[0].stdout.splitlines() if line.startswith("it is taken by: align quantize"))
+        assert align("quantize", *taken.split()[6:-1], tmp_path / "q").exit_code == 0
         scorer = Scorer(load_variant("yolov8_embedded"), images=2)
         score = scorer.score(onnx.load(tmp_path / "q" / "yolov8_embedded.qdq.onnx"))
         assert scorer.runs == 0

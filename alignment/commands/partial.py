@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from alignment.quantize.search import Kept
     from alignment.quantize.sensitivity import Sensitivity
 
+#: The recipe by which every layer is on its own.
+PLAIN = {"keep_float": [], "rounding": "nearest", "bias_correction": False}
+
 
 def partial(
     variant: str,
@@ -45,8 +48,8 @@ def partial(
     policy: Annotated[
         str | None, typer.Option(help="where quantizers go, in place of the variant's own: tensorrt, conv-only, full")
     ] = None,
-    ignore_keep_float: Annotated[
-        bool, typer.Option("--ignore-keep-float", help="choose among what the variant's recipe keeps in float as well")
+    plain: Annotated[
+        bool, typer.Option("--plain", help="nothing that the recipe keeps in float, no weights or biases searched for")
     ] = False,
     images: Images = None,
     data: Data = None,
@@ -70,8 +73,8 @@ def partial(
     require_metric(metric)
     if goal.kind == "latency":
         Capabilities.current()
-    changes: dict[str, Any] = {"policy": policy, "keep_float": [] if ignore_keep_float else None}
-    chosen = with_quantization(load_variant(variant), {k: v for k, v in changes.items() if v is not None})
+    changes: dict[str, Any] = {**(PLAIN if plain else {}), **({"policy": policy} if policy else {})}
+    chosen = with_quantization(load_variant(variant), changes)
     given = None if ranking is None else Sensitivity.load(ranking)
     candidates, scorer = Candidates(chosen, data), Scorer(chosen, data, images)
     timed = _timer(candidates, scorer) if goal.kind == "latency" else None
@@ -90,8 +93,8 @@ def partial(
     _print(found)
     for path in found.save(out_dir):
         out.print(f"wrote {path}", markup=False)
-    option = f" --policy {policy}" if policy else ""
-    taken = f"align quantize {variant}{option} --keep-float {out_dir / KEEP_FLOAT} --out DIR"
+    recipe = "".join(f" {option}" for option in _options(changes))
+    taken = f"align quantize {variant}{recipe} --keep-float {out_dir / KEEP_FLOAT} --out DIR"
     out.print(f"it is taken by: {taken}", markup=False)
     if not found.found.reached:
         out.print(f"not reached: {goal}; what is written is the best that was found")
@@ -107,6 +110,12 @@ def _goal(budget: str | None, layers: int | None, latency: float | None) -> Goal
     if budget is not None:
         return named(budget)
     return Goal("layers", layers) if layers is not None else Goal("latency", latency or 0.0)
+
+
+def _options(changes: dict[str, Any]) -> list[str]:
+    """What makes `align quantize` follow the same recipe; nodes are in the file."""
+    named = [f"--{field} {changes[field]}" for field in ("policy", "rounding") if field in changes]
+    return [*named, "--no-bias-correction"] if "bias_correction" in changes else named
 
 
 def _timer(candidates: Candidates, scorer: Scorer) -> Callable[[Kept], float]:

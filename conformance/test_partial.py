@@ -59,40 +59,49 @@ def arbitrary(seed: int) -> Objective:
 class TestCount:
     def test_two_layers_that_mend_the_same_thing(self):
         """a and b win most, each alone; together they win no more than one of them."""
-        search = Search("abcd", Objective(lambda k: 0.5 + 0.3 * bool(k & {"a", "b"}) + 0.1 * ("c" in k)), swaps=0)
+        search = Search(
+            {"m": "abcd"}, Objective(lambda k: 0.5 + 0.3 * bool(k & {"a", "b"}) + 0.1 * ("c" in k)), swaps=0
+        )
         found = search.by_count(2)
-        assert found.ways["top-2"] == {"a", "b"}
+        assert found.ways["top-2 by m"] == {"a", "b"}
         assert found.chosen == found.ways["greedy"] == {"a", "c"}
-        assert search.scores[found.chosen].agreement > search.scores[found.ways["top-2"]].agreement
+        assert search.scores[found.chosen].agreement > search.scores[found.ways["top-2 by m"]].agreement
 
     def test_two_layers_that_only_together_mend_anything(self):
         """a wins most alone, so greedy and the ranking take it; b and c together win more."""
         value = {"a": 0.3, "b": 0.2, "c": 0.1, "ab": 0.35, "ac": 0.31, "bc": 0.9}
         objective = Objective(lambda kept: value.get("".join(sorted(kept)), 0.0))
-        assert Search("abc", objective, swaps=0).by_count(2).chosen == {"a", "b"}
-        found = Search("abc", objective).by_count(2)
+        assert Search({"m": "abc"}, objective, swaps=0).by_count(2).chosen == {"a", "b"}
+        found = Search({"m": "abc"}, objective).by_count(2)
         assert found.ways["exchanged"] == found.chosen == {"b", "c"}
 
     def test_ranking_that_is_best(self):
         """Every pair but the first two spoils all: greedy goes for c, and the ranking is taken."""
         value = {"c": 0.6, "a": 0.1, "b": 0.1, "ab": 0.9}
-        found = Search("abc", Objective(lambda kept: value.get("".join(sorted(kept)), 0.0)), swaps=0).by_count(2)
+        found = Search({"m": "abc"}, Objective(lambda kept: value.get("".join(sorted(kept)), 0.0)), swaps=0).by_count(2)
         assert "c" in found.ways["greedy"]
         assert found.chosen == {"a", "b"}
 
     def test_of_equals_the_better_ranked(self):
-        assert Search("dbca", Objective(lambda kept: 0.5)).by_count(2).chosen == {"d", "b"}
+        assert Search({"m": "dbca"}, Objective(lambda kept: 0.5)).by_count(2).chosen == {"d", "b"}
 
     def test_ap_decides_between_sets_that_agree_alike(self):
-        search = Search("abc", lambda kept: Score(0.6 if "c" in kept else 0.5, 0.9))
+        search = Search({"m": "abc"}, lambda kept: Score(0.6 if "c" in kept else 0.5, 0.9))
         assert search.by_count(1).chosen == {"c"}
+
+    def test_another_ranking_that_is_better(self):
+        """Only c and d together mend anything, which greedy cannot see; one of two metrics ranks them first."""
+        objective = Objective(lambda kept: 0.9 if kept >= {"c", "d"} else 0.1 * len(kept & {"a", "b"}))
+        assert Search({"m": "abcd"}, objective, swaps=0).by_count(2).chosen == {"a", "b"}
+        found = Search({"m": "abcd", "n": "dcba"}, objective, swaps=0).by_count(2)
+        assert found.chosen == found.ways["top-2 by n"] == {"c", "d"}
 
     @given(gains=st.lists(st.floats(0, 0.05), min_size=1, max_size=7), data=st.data())
     def test_best_where_gains_add_up(self, gains, data):
         """Whatever the ranking says, if all nodes are tried."""
         known = dict(zip(NAMES, gains, strict=False))
         count = data.draw(st.integers(1, len(known)))
-        search = Search(data.draw(st.permutations(sorted(known))), additive(known), tries=len(known))
+        search = Search({"m": data.draw(st.permutations(sorted(known)))}, additive(known), tries=len(known))
         best = max(sum(known[node] for node in kept) for kept in itertools.combinations(known, count))
         assert search.scores[search.by_count(count).chosen].agreement == pytest.approx(0.5 + best)
 
@@ -105,16 +114,16 @@ class TestCount:
     )
     def test_any_interaction(self, seed, size, tries, swaps, data):
         count, objective = data.draw(st.integers(1, size)), arbitrary(seed)
-        search = Search(NAMES[:size], objective, tries, swaps)
+        search = Search({"m": NAMES[:size]}, objective, tries, swaps)
         found = search.by_count(count)
         search.needed(found.chosen)
         assert all(len(kept) == count for kept in (found.chosen, *found.ways.values()))
         scores = {name: worth(search.scores[kept]) for name, kept in found.ways.items()}
         assert worth(search.scores[found.chosen]) == max(scores.values())
-        assert scores["exchanged"] >= max(scores["greedy"], scores[f"top-{count}"])
-        assert found.ways[f"top-{count}"] == set(NAMES[:count])
+        assert scores["exchanged"] >= max(scores["greedy"], scores[f"top-{count} by m"])
+        assert found.ways[f"top-{count} by m"] == set(NAMES[:count])
         assert len(objective.asked) == len(set(objective.asked)) == len(search.scores) <= search.most
-        again = Search(NAMES[:size], arbitrary(seed), tries, swaps).by_count(count)
+        again = Search({"m": NAMES[:size]}, arbitrary(seed), tries, swaps).by_count(count)
         assert again == found
 
 
@@ -122,30 +131,30 @@ class TestScore:
     def test_small_ones_suffice(self):
         """The first of the ranking wins most, but the two behind it win as much with less work in float."""
         gains, macs = {"a": 0.2, "b": 0.11, "c": 0.1}, {"a": 100, "b": 10, "c": 10}
-        search = Search("abc", additive(gains))
+        search = Search({"m": "abc"}, additive(gains))
         found = search.by_score(lambda score: score.agreement >= 0.7, macs)
-        assert found.ways == {"ranking": {"a"}, "greedy": {"b", "c"}}
+        assert found.ways == {"ranked by m": {"a"}, "greedy": {"b", "c"}}
         assert found.reached
         assert found.chosen == {"b", "c"}
 
     def test_stops_when_it_is_reached(self):
         objective = additive({"a": 0.3, "b": 0.2, "c": 0.1})
-        found = Search("abc", objective).by_score(lambda score: score.agreement >= 0.8, MACS)
+        found = Search({"m": "abc"}, objective).by_score(lambda score: score.agreement >= 0.8, MACS)
         assert found.chosen == {"a"}
         assert max(map(len, objective.asked)) == 1
         objective = additive({"a": 0.3})
-        assert Search("a", objective).by_score(lambda score: True, MACS).chosen == frozenset()
+        assert Search({"m": "a"}, objective).by_score(lambda score: True, MACS).chosen == frozenset()
         assert objective.asked == [frozenset()]
 
     def test_not_needed_any_more(self):
         """a helps at first; with b and c it is not needed."""
         gains = {"": 0, "a": 0.3, "ab": 0.4, "abc": 0.6, "bc": 0.6}
-        search = Search("abc", Objective(lambda kept: gains.get("".join(sorted(kept)), 0.1)), tries=1)
+        search = Search({"m": "abc"}, Objective(lambda kept: gains.get("".join(sorted(kept)), 0.1)), tries=1)
         found = search.by_score(lambda score: score.agreement >= 0.5, MACS)
         assert found.chosen == {"b", "c"}
 
     def test_cannot_be_reached(self):
-        search = Search("abc", additive({"a": 0.1, "b": -0.2, "c": 0.2}))
+        search = Search({"m": "abc"}, additive({"a": 0.1, "b": -0.2, "c": 0.2}))
         found = search.by_score(lambda score: score.agreement > 0.9, MACS)
         assert not found.reached
         assert found.chosen == {"a", "c"}
@@ -153,7 +162,7 @@ class TestScore:
     @given(seed=st.integers(0, 10**6), size=st.integers(1, 8), tries=st.integers(1, 8), limit=st.floats(0, 1))
     def test_any_interaction(self, seed, size, tries, limit):
         objective = arbitrary(seed)
-        search = Search(NAMES[:size], objective, tries)
+        search = Search({"m": NAMES[:size]}, objective, tries)
         found = search.by_score(lambda score: score.agreement >= limit, MACS)
         agreement = search.scores[found.chosen].agreement
         assert found.reached == (agreement >= limit)
@@ -164,7 +173,9 @@ class TestScore:
         assert all(search.scores[kept].agreement >= limit for kept in found.ways.values())
         search.needed(found.chosen)
         assert len(objective.asked) == len(set(objective.asked)) <= search.most
-        assert Search(NAMES[:size], arbitrary(seed), tries).by_score(lambda s: s.agreement >= limit, MACS) == found
+        assert (
+            Search({"m": NAMES[:size]}, arbitrary(seed), tries).by_score(lambda s: s.agreement >= limit, MACS) == found
+        )
 
     def cost(self, kept: Kept) -> int:
         return sum(MACS[node] for node in kept)
@@ -180,7 +191,7 @@ class TestLatency:
             timed.append(kept)
             return 1 + sum(slow[node] for node in kept)
 
-        search = Search("abcd", additive({"a": 0.2, "b": 0.1, "c": 0.05, "d": 0.01}))
+        search = Search({"m": "abcd"}, additive({"a": 0.2, "b": 0.1, "c": 0.05, "d": 0.01}))
         found = search.by_latency(latency, 3)
         assert found.reached
         assert found.chosen == {"b", "c"}
@@ -188,11 +199,11 @@ class TestLatency:
         assert len(search.scores) <= search.most
 
     def test_nothing_that_loses(self):
-        search = Search("ab", additive({"a": -0.1, "b": 0.0}))
+        search = Search({"m": "ab"}, additive({"a": -0.1, "b": 0.0}))
         assert search.by_latency(lambda kept: 0, 1).chosen == frozenset()
 
     def test_int8_itself_is_too_slow(self):
-        assert not Search("ab", additive({"a": 0.1, "b": 0.1})).by_latency(lambda kept: 2, 1).reached
+        assert not Search({"m": "ab"}, additive({"a": 0.1, "b": 0.1})).by_latency(lambda kept: 2, 1).reached
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
@@ -450,7 +461,7 @@ class TestCommand:
         asked = [*ranked, "--layers", "2", "--policy", "conv-only", "--plain"]
         runs = [align("partial", *asked, "--out", tmp_path / name) for name in "ab"]
         assert [run.exit_code for run in runs] == [0, 0], runs[0].output
-        assert "top-2" in runs[0].stdout
+        assert "top-2 by agreement" in runs[0].stdout
         assert "+1.000" in runs[0].stdout
         for name in ("keep_float.yaml", "partial.json", "pareto.svg"):
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -16,7 +16,7 @@ from alignment.quantize.keep_float import write_keep_float
 from alignment.quantize.ranking import rank_correlations
 from alignment.quantize.scoring import Score, Scorer
 from alignment.quantize.search import NONE, SWAPS, TRIES, Found, Kept, Search
-from alignment.quantize.sensitivity import Sensitivity
+from alignment.quantize.sensitivity import METRICS, Sensitivity
 from alignment.storage import writing
 
 KEEP_FLOAT = "keep_float.yaml"
@@ -205,7 +205,7 @@ def partial(
         scorer: of the same variant.
         sensitivity: of the same graph; candidates that it does not know come last.
         goal: what is asked for.
-        metric: by which candidates are ranked.
+        metric: by which candidates are ranked that are tried; the first ones of other metrics are sets to compare.
         tries, swaps: see `Search`.
         latency: times a set, in ms, for a goal of that kind.
         progress: called with the number of sets scored, and how many there are at most.
@@ -215,16 +215,18 @@ def partial(
             AP on images without truth.
     """
     _require_same(candidates, sensitivity)
-    ranked = [node for node in sensitivity.ranking(metric) if node in candidates.nodes]
-    ranking = [*ranked, *(node for node in candidates.nodes if node not in ranked)]
-    search = Search(ranking, lambda kept: scorer.score(candidates.quantized(kept).model), tries, swaps, progress)
+    rankings = {metric: _ranking(candidates, sensitivity, metric)}
+    rankings |= {other: _ranking(candidates, sensitivity, other) for other in _metrics(sensitivity) if other != metric}
+    search = Search(rankings, lambda kept: scorer.score(candidates.quantized(kept).model), tries, swaps, progress)
     reference = scorer.float_score
     if goal.kind == "AP" and reference.ap < 0:
         raise AlignError(f"{candidates.variant.name}: its images have no truth to lose AP on", "give agreement=0.95")
     search.score(NONE)
     if goal.kind == "layers":
-        if not goal.limit <= len(ranking):
-            raise AlignError(f"--layers {goal.limit:g}: {len(ranking)} nodes are in int8", "ask for so many at most")
+        if goal.limit > len(candidates.nodes):
+            raise AlignError(
+                f"--layers {goal.limit:g}: {len(candidates.nodes)} nodes are in int8", "ask for so many at most"
+            )
         found = search.by_count(int(goal.limit))
     elif goal.kind == "latency":
         assert latency is not None
@@ -235,6 +237,16 @@ def partial(
     correlations = rank_correlations(sensitivity, candidates.nodes)
     images = len(scorer.samples)
     return Partial(candidates, goal, metric, sensitivity, reference, images, search, found, needed, correlations)
+
+
+def _metrics(sensitivity: Sensitivity) -> list[str]:
+    """What all its layers were measured by."""
+    return [metric for metric in METRICS if all(metric in layer.metrics for layer in sensitivity.layers)]
+
+
+def _ranking(candidates: Candidates, sensitivity: Sensitivity, metric: str) -> list[str]:
+    known = [node for node in sensitivity.ranking(metric) if node in candidates.nodes]
+    return [*known, *(node for node in candidates.nodes if node not in known)]
 
 
 def _require_same(candidates: Candidates, sensitivity: Sensitivity) -> None:

@@ -16,6 +16,8 @@ from alignment.quantize.scoring import Score
 Kept = frozenset[str]
 #: The score of the network that is int8 but for these nodes.
 Objective = Callable[[Kept], Score]
+#: The node that joins a set next.
+Step = Callable[[Kept], str]
 #: How many of the best-ranked nodes are tried at each step.
 TRIES = 8
 #: How often a node of a finished set is exchanged for another, at most.
@@ -47,13 +49,15 @@ class Search:
     """Sets of nodes that stay float, scored.  It is deterministic: of equals, the better ranked is taken.
 
     Args:
-        ranking: all nodes that may stay float, the most sensitive first.
+        rankings: by the name of a metric, all nodes that may stay float, the most sensitive first.  Which nodes are
+            tried at a step the first of them says; the others are other ways to choose a set.
         objective: scores a set; it is asked once for each.
         tries: at each step so many of the best-ranked nodes are tried.
         swaps: at most so many nodes of a finished set are exchanged.
         progress: called with the number of sets scored, and how many there are at most.
 
     Attributes:
+        ranking: the first of them.
         scores: of every set that was asked for, in that order.
         latencies: milliseconds, of every set that was timed.
         most: how many sets the search under way scores at most, counting those that it has scored.
@@ -61,13 +65,14 @@ class Search:
 
     def __init__(
         self,
-        ranking: Sequence[str],
+        rankings: Mapping[str, Sequence[str]],
         objective: Objective,
         tries: int = TRIES,
         swaps: int = SWAPS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.ranking, self.tries, self.swaps = tuple(ranking), tries, swaps
+        self.rankings, self.tries, self.swaps = {name: tuple(order) for name, order in rankings.items()}, tries, swaps
+        self.ranking = next(iter(self.rankings.values()))
         self._objective, self._progress = objective, progress
         self.scores: dict[Kept, Score] = {}
         self.latencies: dict[Kept, float] = {}
@@ -86,28 +91,28 @@ class Search:
         return [node for node in self.ranking if node in kept]
 
     def by_count(self, count: int) -> Found:
-        """The best set of `count` nodes: never worse than the first `count` of the ranking.
+        """The best set of `count` nodes: never worse than the first `count` of any ranking.
 
-        These are one start; the other is greedy: one node at a time, that with which the set scores best.  The better
-        of the two is improved by exchanges.
+        These are some starts; another is greedy: one node at a time, that with which the set scores best.  The best of
+        them is improved by exchanges.
         """
-        # Beginnings of the ranking, steps of the greedy search, exchanges; and `needed` after it.
-        self.most = 1 + 2 * count + count * self.tries * (1 + self.swaps)
+        # Beginnings of rankings, steps of the greedy search, exchanges; and `needed` after it.
+        self.most = 1 + 2 * count + len(self.rankings) + count * self.tries * (1 + self.swaps)
         greedy = NONE
         for _ in range(count):
             greedy = self._best(greedy | {node} for node in self._untaken(greedy))
-        # All beginnings of the ranking are scored: they are the curve that the greedy one is held against.
-        top = [frozenset(self.ranking[:size]) for size in range(count + 1)]
-        for kept in top:
-            self.score(kept)
-        ways = {f"top-{count}": top[-1], "greedy": greedy}
+        # All beginnings of the first ranking are scored: they are the curve that the greedy one is held against.
+        for size in range(count):
+            self.score(frozenset(self.ranking[:size]))
+        ways = {f"top-{count} by {name}": frozenset(order[:count]) for name, order in self.rankings.items()}
+        ways["greedy"] = greedy
         ways["exchanged"] = self._exchanged(self._best(ways.values()))
         return Found(self._best(ways.values()), True, ways)
 
     def by_score(self, reached: Callable[[Score], bool], macs: Mapping[str, int]) -> Found:
         """The set with the fewest multiplications in float that has a score which `reached` accepts.
 
-        It grows along the ranking, and by gain for each multiplication, until it is reached; then every member that
+        It grows along each ranking, and by gain for each multiplication, until it is reached; then every member that
         is not needed goes back to int8, the largest first.
 
         Args:
@@ -118,15 +123,19 @@ class Search:
         def cost(kept: Kept) -> int:
             return sum(macs[node] for node in kept)
 
-        # Two ways of growing, trimming what each gave, and `needed` after it.
-        self.most = 1 + len(self.ranking) * (1 + self.tries + 3)
+        # Ways of growing, trimming what each gave, and `needed` after them.
+        self.most = 1 + len(self.ranking) * (2 * len(self.rankings) + self.tries + 2)
         ways: dict[str, Kept] = {}
         most = math.inf
-        for name, tries in (("ranking", 1), ("greedy", self.tries)):
-            grown = self._grown(reached, macs, tries, most)
+        along = {f"ranked by {name}": self._along(order) for name, order in self.rankings.items()}
+        first = next(iter(along))
+        for name, step in {first: along.pop(first), "greedy": self._by_gain(macs), **along}.items():
+            grown = self._grown(step, reached, cost, most)
             if grown is not None:
                 ways[name] = self._trimmed(grown, reached, macs)
                 most = min(most, cost(ways[name]))
+            elif name == "greedy" and not ways:
+                break  # other rankings end at the same set, that of all nodes, which is not enough
         enough = [kept for kept in self.scores if reached(self.scores[kept])]
         if not enough:
             return Found(self._best(self.scores), False, ways)
@@ -179,17 +188,27 @@ class Search:
             kept = best
         return kept
 
-    def _grown(self, reached: Callable[[Score], bool], macs: Mapping[str, int], tries: int, most: float) -> Kept | None:
-        """Node by node until reached; None where that takes `most` multiplications or all nodes are taken."""
+    def _along(self, order: Sequence[str]) -> Step:
+        return lambda kept: next(node for node in order if node not in kept)
+
+    def _by_gain(self, macs: Mapping[str, int]) -> Step:
+        def step(kept: Kept) -> str:
+            now = self.score(kept).agreement
+            gains = {node: self.score(kept | {node}).agreement - now for node in self._untaken(kept)}
+            # What loses is not weighed by its size: the largest would seem to lose least.
+            return max(gains, key=lambda node: gains[node] / macs[node] if gains[node] > 0 else gains[node])
+
+        return step
+
+    def _grown(
+        self, step: Step, reached: Callable[[Score], bool], cost: Callable[[Kept], int], most: float
+    ) -> Kept | None:
+        """Node by node until reached; None where that costs `most` or more, or all nodes are not enough."""
         kept = NONE
         while not reached(self.score(kept)):
-            others = self._untaken(kept)[:tries]
-            if not others or sum(macs[node] for node in kept) >= most:
+            if len(kept) == len(self.ranking) or cost(kept) >= most:
                 return None
-            gains = {node: self.score(kept | {node}).agreement - self.score(kept).agreement for node in others}
-            # What loses is not weighed by its size: the largest would seem to lose least.
-            best = max(others, key=lambda node: gains[node] / macs[node] if gains[node] > 0 else gains[node])
-            kept = kept | {best}
+            kept = kept | {step(kept)}
         return kept
 
     def _trimmed(self, kept: Kept, reached: Callable[[Score], bool], macs: Mapping[str, int]) -> Kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ PANELS = (
     _Panel(MACS, lambda p: 100 * p.int8_macs, "AP lost, points", lambda p: 100 * p.ap_lost, -1, -1),
     _Panel(MACS, lambda p: 100 * p.int8_macs, "agreement with FP32", lambda p: p.agreement, -1, 1),
 )
+MARKERS = "sDv^<>pPXhd8"
 TIMED = _Panel("latency, ms", lambda p: p.latency_ms, "agreement with FP32", lambda p: p.agreement, 1, 1)
 
 
@@ -51,10 +53,13 @@ def draw_pareto(path: Path, title: str, points: Sequence[Point], chosen: Point, 
     panels = [*((panel, points) for panel in PANELS), *([(TIMED, timed)] if timed else [])]
     # One file for one result: no date in it, no names drawn by lot.
     with matplotlib.rc_context({"svg.hashsalt": "alignment", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+        figure = Figure(figsize=(5.5 * len(panels), 5), layout="constrained")
         figure.suptitle(title)
         for place, (panel, shown) in enumerate(panels, 1):
-            _draw(figure.add_subplot(1, len(panels), place), panel, shown, chosen, ways)
+            axes = figure.add_subplot(1, len(panels), place)
+            _draw(axes, panel, shown, chosen, ways)
+            if place == 1:
+                figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
@@ -71,7 +76,7 @@ def _draw(axes: Any, panel: _Panel, points: Sequence[Point], chosen: Point, ways
     front = frontier(points, lambda p: panel.dear * panel.of_x(p), lambda p: -panel.good * panel.of_y(p))
     axes.plot(*place(points), "o", color="#9aa5b1", markersize=3, label=f"{len(points)} sets")
     axes.plot(*place(front), "-o", color="#1f6feb", markersize=4, linewidth=1.2, label="Pareto front")
-    for (name, point), marker in zip(ways.items(), "sDv^<>", strict=False):
+    for (name, point), marker in zip(ways.items(), itertools.cycle(MARKERS), strict=False):
         if point in points:
             axes.plot(*place([point]), marker, color="#b45309", markersize=7, fillstyle="none", zorder=4, label=name)
     if chosen in points:
@@ -79,4 +84,3 @@ def _draw(axes: Any, panel: _Panel, points: Sequence[Point], chosen: Point, ways
         axes.plot(*place([chosen]), "*", color="#d1242f", markersize=13, label=label)
     axes.set(xlabel=panel.x, ylabel=panel.y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")

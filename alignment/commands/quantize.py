@@ -39,6 +39,7 @@ def quantize(
 ) -> None:
     """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
     from alignment.engine.int8 import ranges_in_cache
+    from alignment.export.onnx_export import exported
     from alignment.quantize import recipe
     from alignment.quantize.trouble import troubles
 
@@ -48,7 +49,7 @@ def quantize(
         "method": method,
         "weights": weights,
         "policy": policy,
-        "keep_float": None if keep_float is None else _nodes(keep_float, base),
+        "keep_float": None if keep_float is None else _nodes(keep_float, exported(base).onnx),
         "images": images,
         "calibration": calibration,
         "rounding": rounding,
@@ -75,15 +76,13 @@ def quantize(
     )
 
 
-def _nodes(keep_float: list[str], variant: Variant) -> list[str]:
+def _nodes(keep_float: list[str], graph: Path) -> list[str]:
     """The patterns among them as they are, and what the files among them name."""
-    from alignment.export.onnx_export import exported
     from alignment.quantize.keep_float import read_keep_float
 
     nodes: list[str] = []
     for name in keep_float:
-        file = name.endswith((".yaml", ".yml"))
-        nodes += read_keep_float(Path(name), exported(variant).onnx) if file else [name]
+        nodes += read_keep_float(Path(name), graph) if name.endswith((".yaml", ".yml")) else [name]
     return nodes
 
 

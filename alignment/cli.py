@@ -1,5 +1,5 @@
-"""``align``: run, table, export, quantize, sensitivity, culprit, layers, explain, inspect, variants, doctor, schema,
-synthetic.
+"""``align``: run, table, export, quantize, sensitivity, partial, culprit, layers, explain, inspect, variants, doctor,
+schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -34,6 +34,7 @@ from alignment.commands.console import (
 from alignment.commands.culprit import culprit
 from alignment.commands.explain import explain
 from alignment.commands.inspect import inspect
+from alignment.commands.partial import partial
 from alignment.commands.quantize import quantize
 from alignment.commands.sensitivity import sensitivity
 from alignment.errors import AlignError
@@ -212,6 +213,7 @@ def layers(
 app.command()(reported(quantize))
 app.command()(reported(sensitivity))
 app.command()(reported(culprit))
+app.command()(reported(partial))
 app.command()(reported(explain))
 app.command()(reported(inspect))
 

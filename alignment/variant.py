@@ -109,6 +109,10 @@ class Quantization(Strict):
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
+#: The changes to a recipe after which every layer is on its own.
+PLAIN: dict[str, Any] = {"keep_float": [], "rounding": "nearest", "bias_correction": False}
+
+
 class Variant(Strict):
     """One detector to be deployed.  See `load_variant`.
 

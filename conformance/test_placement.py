@@ -282,6 +282,13 @@ def test_keep_float(pattern):
     assert len({q.group for q in placement.activations}) == 2
 
 
+def test_the_name_of_a_node_means_that_node_alone():
+    model = tiny("k0 = Conv (x, w); b = Conv (k0, w1); h = Conv (b, w9)")
+    model.graph.node[1].name = "k[0]"
+    assert OnnxGraph(model).matching(["k[0]"]) == {"k[0]": "k[0]"}
+    assert OnnxGraph(model).matching(["k[[]0]", "k[0-9]"]) == {"k[0]": "k[[]0]", "k0": "k[0-9]"}
+
+
 def test_what_calibration_does_not_see_is_no_activation():
     """A constant that is computed has no range: neither rule may ask for one."""
     model = tiny(

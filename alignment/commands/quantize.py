@@ -26,7 +26,8 @@ def quantize(
     weights: Annotated[str | None, typer.Option(help="the same of weights: minmax or mse")] = None,
     policy: Annotated[str | None, typer.Option(help="where quantizers go: tensorrt, conv-only or full")] = None,
     keep_float: Annotated[
-        list[str] | None, typer.Option(help="ONNX node, with wildcards, that stays float; repeatable")
+        list[str] | None,
+        typer.Option(help="ONNX node, with wildcards, or a keep_float.yaml of them, that stays float; repeatable"),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
     calibration: Annotated[
@@ -55,18 +56,19 @@ def quantize(
     from alignment.quantize.trouble import troubles
 
     require_folders({"--out": out_dir})
+    base = load_variant(variant)
     asked = {
         "method": method,
         "weights": weights,
         "policy": policy,
-        "keep_float": keep_float,
+        "keep_float": None if keep_float is None else _nodes(keep_float, exported(base).onnx),
         "images": images,
         "calibration": calibration,
         "rounding": rounding,
         "bias_correction": bias_correction,
         "equalization": equalization,
     }
-    chosen = with_quantization(load_variant(variant), {k: v for k, v in asked.items() if v is not None})
+    chosen = with_quantization(base, {k: v for k, v in asked.items() if v is not None})
     given = None if ranges is None else ranges_in_cache(_text(ranges))
     with stage_bars(chosen.name) as show:
         found = recipe.quantize(chosen, data, batch, show, device, given)
@@ -84,6 +86,16 @@ def quantize(
         f"bound to float, {len(found.ranges)} ranges from {found.calibration.images} images",
         markup=False,
     )
+
+
+def _nodes(keep_float: list[str], graph: Path) -> list[str]:
+    """The patterns among them as they are, and what the files among them name."""
+    from alignment.quantize.keep_float import read_keep_float
+
+    nodes: list[str] = []
+    for name in keep_float:
+        nodes += read_keep_float(Path(name), graph) if name.endswith((".yaml", ".yml")) else [name]
+    return nodes
 
 
 def _text(path: Path) -> str:

@@ -13,10 +13,8 @@ from rich.table import Column, Table
 from alignment.commands.console import Data, Images, VariantName, out, print_table, require_folders, stage_bars
 from alignment.errors import AlignError
 from alignment.quantize.sensitivity import METRICS, MODES, PARTS, Sensitivity, require_metric
-from alignment.variant import load_variant, with_quantization
+from alignment.variant import PLAIN, load_variant, with_quantization
 
-#: The recipe by which every layer is on its own.
-PLAIN = {"keep_float": [], "rounding": "nearest", "bias_correction": False}
 #: Of a recipe that is not plain.
 SEARCHED = (
     "its weights or biases were searched for a network that is all int8, and are off in one that is float but for a "

@@ -175,12 +175,15 @@ class OnnxGraph:
     def matching(self, patterns: Collection[str]) -> dict[str, str]:
         """The names of the nodes that patterns name, in which ``*`` and ``?`` stand for others, with the pattern.
 
+        What is the name of a node means that node alone, whatever characters it is made of.
+
         Raises:
             AlignError: for a pattern that no node answers to.
         """
         found: dict[str, str] = {}
         for pattern in patterns:
-            names = [name for name in self.position if name == pattern or fnmatchcase(name, pattern)]
+            alike = (name for name in self.position if fnmatchcase(name, pattern))
+            names = [pattern] if pattern in self.position else list(alike)
             if not names:
                 near = ", ".join(difflib.get_close_matches(pattern, self.position, 3)) or "`align layers` lists them"
                 raise AlignError(f"no node is named {pattern!r} (keep_float)", f"nodes named alike: {near}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ CALIBRATORS: dict[str, CalibratorKind] = {
     "implicit_minmax": "minmax",
     "implicit_legacy": "legacy",
 }
+#: Of the engine that a latency is measured on, TensorRT's own default; and how often it is run.
+LATENCY_LEVEL, REPEATS, WARMUP = 3, 200, 50
 
 
 class TensorRTBuild(NamedTuple):
@@ -120,6 +123,24 @@ def explicit(path: Path, patterns: Sequence[str] = (), batch: int = 1) -> BuildO
         opt_batch=batch,
         max_batch=batch,
     )
+
+
+def qdq_latency(variant: Variant, quantized: Quantized, image: np.ndarray) -> float:
+    """Milliseconds on the GPU for one image in an engine of the QDQ graph: the median of `REPEATS` runs.
+
+    Args:
+        variant: that was quantized.
+        quantized: of it.
+        image: ``[3, H, W] float32``.
+
+    Raises:
+        AlignError: TensorRT cannot run here, or cannot build the engine.
+    """
+    from alignment.runners.tensorrt import TensorRTRunner
+
+    path, options, _ = tensorrt_build(variant, Case(variant.name, "tensorrt", "int8", "qdq"), quantized)
+    with TensorRTRunner(path, dataclasses.replace(options, optimization_level=LATENCY_LEVEL)) as runner:
+        return float(np.median(runner.latency(image[None], REPEATS, WARMUP)))
 
 
 def calibration_images(variant: Variant, data: Path | None) -> CalibrationImages:

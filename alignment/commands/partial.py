@@ -1,0 +1,152 @@
+"""``align partial``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from alignment.commands.console import Data, Images, VariantName, out, print_table, require_folders, stage_bars
+from alignment.errors import AlignError
+from alignment.variant import PLAIN, load_variant, with_quantization
+
+if TYPE_CHECKING:
+    from alignment.quantize.candidates import Candidates
+    from alignment.quantize.partial import Goal, Partial, Point
+    from alignment.quantize.scoring import Scorer
+    from alignment.quantize.search import Kept
+    from alignment.quantize.sensitivity import Sensitivity
+
+
+def partial(
+    variant: VariantName,
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for keep_float.yaml, partial.json and pareto.svg")],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AP=0.3",
+            help="lose at most 0.3 points of AP, 0.003 of 1, against FP32, with as few multiplications in float as "
+            "possible; or agreement=0.95, for that agreement with FP32 at least",
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="keep so many nodes in float, the best set of them")] = None,
+    latency: Annotated[
+        float | None, typer.Option(min=0, help="take at most so many ms on TensorRT here, as accurate as possible")
+    ] = None,
+    ranking: Annotated[
+        Path | None, typer.Option(metavar="FILE.sensitivity.json", help="of `align sensitivity`; default: sweep now")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="of the ranking, by which nodes are tried")] = "agreement",
+    tries: Annotated[int, typer.Option(min=1, help="try so many of the best-ranked nodes at each step")] = 8,
+    swaps: Annotated[int, typer.Option(min=0, help="with --layers: exchange nodes of the set so often at most")] = 3,
+    policy: Annotated[
+        str | None, typer.Option(help="where quantizers go, in place of the variant's own: tensorrt, conv-only, full")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="nothing that the recipe keeps in float, no weights or biases searched for")
+    ] = False,
+    images: Images = None,
+    data: Data = None,
+) -> None:
+    """Find the few nodes to keep in float: by measured gain, as two sensitive nodes may have one cause.
+
+    Sets are compared by agreement with FP32 in ONNX Runtime, which resolves finer than AP on a few images.  Scores are
+    kept: interrupted, it goes on next time.  Exit status 1: what was asked for cannot be reached; the best is written.
+    """
+    goal = _goal(budget, layers, latency)
+    require_folders({"--out": out_dir})
+    from alignment.engine.capabilities import Capabilities
+    from alignment.quantize.candidates import Candidates
+    from alignment.quantize.partial import KEEP_FLOAT
+    from alignment.quantize.partial import partial as search
+    from alignment.quantize.scoring import Scorer
+    from alignment.quantize.sensitivity import Sensitivity, require_metric
+    from alignment.report.pareto import require_matplotlib
+
+    require_matplotlib()
+    require_metric(metric)
+    if goal.kind == "latency":
+        Capabilities.current()
+    changes: dict[str, Any] = {**(PLAIN if plain else {}), **({"policy": policy} if policy else {})}
+    chosen = with_quantization(load_variant(variant), changes)
+    given = None if ranking is None else Sensitivity.load(ranking)
+    candidates, scorer = Candidates(chosen, data), Scorer(chosen, data, images)
+    timed = _timer(candidates, scorer) if goal.kind == "latency" else None
+    with stage_bars(chosen.name) as show:
+        found = search(
+            candidates,
+            scorer,
+            given or _swept(candidates, scorer, show),
+            goal,
+            metric,
+            tries,
+            swaps,
+            timed,
+            lambda done, most: show("sets, at most", done, most),
+        )
+    _print(found)
+    for path in found.save(out_dir):
+        out.print(f"wrote {path}", markup=False)
+    recipe = "".join(f" {option}" for option in _options(changes))
+    taken = f"align quantize {variant}{recipe} --keep-float {out_dir / KEEP_FLOAT} --out DIR"
+    out.print(f"it is taken by: {taken}", markup=False)
+    if not found.found.reached:
+        out.print(f"not reached: {goal}; what is written is the best that was found")
+        raise typer.Exit(1)
+
+
+def _goal(budget: str | None, layers: int | None, latency: float | None) -> Goal:
+    from alignment.quantize.partial import Goal
+    from alignment.quantize.partial import budget as named
+
+    if sum(option is not None for option in (budget, layers, latency)) != 1:
+        raise AlignError("align partial wants one goal", "give one of --budget, --layers and --latency")
+    if budget is not None:
+        return named(budget)
+    return Goal("layers", layers) if layers is not None else Goal("latency", latency or 0.0)
+
+
+def _options(changes: dict[str, Any]) -> list[str]:
+    """What makes `align quantize` follow the same recipe; nodes are in the file."""
+    named = [f"--{field} {changes[field]}" for field in ("policy", "rounding") if field in changes]
+    return [*named, "--no-bias-correction"] if "bias_correction" in changes else named
+
+
+def _timer(candidates: Candidates, scorer: Scorer) -> Callable[[Kept], float]:
+    """Times a set on TensorRT."""
+    from alignment.runners.int8 import qdq_latency
+
+    image = next(iter(scorer.samples)).tensor
+    return lambda kept: qdq_latency(candidates.variant, candidates.quantized(kept), image)
+
+
+def _swept(candidates: Candidates, scorer: Scorer, show: Callable[[str, int, int], None]) -> Sensitivity:
+    from alignment.quantize.sweep import sweep
+
+    return sweep(candidates.variant, candidates.quantized(()), scorer.samples, progress=show)[0]
+
+
+def _print(found: Partial) -> None:
+    numbers = [Column(name, justify="right") for name in ("in float", "MACs in int8", "AP", "AP lost", "agreement")]
+    title = f"{found.candidates.variant.name}, {found.images} images: {found.goal}"
+    table = Table("nodes", *numbers, title=title)
+    table.add_row("FP32", "", "", f"{found.reference.ap:.4f}", "", "1.0000")
+    for name, point in {**found.ways, "chosen": found.point(found.found.chosen)}.items():
+        table.add_row(name, *_cells(point))
+    print_table(table)
+    for node, reason in found.reasons.items():
+        out.print(f"{node}: {reason}", markup=False)
+    costs = next(iter(found.correlations.values()), {})
+    if costs:
+        table = Table("metric", *(Column(cost, justify="right") for cost in costs), title="rank correlation with lost")
+        for metric, values in found.correlations.items():
+            table.add_row(metric, *(f"{value:+.3f}" for value in values.values()))
+        print_table(table)
+
+
+def _cells(point: Point) -> list[str]:
+    counts = [f"{len(point.kept)}", f"{point.int8_macs:.1%}"]
+    return [*counts, f"{point.ap:.4f}", f"{point.ap_lost:+.4f}", f"{point.agreement:.4f}"]

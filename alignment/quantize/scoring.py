@@ -1,0 +1,121 @@
+"""How well a graph detects in ONNX Runtime: its AP, and its agreement with the float32 network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import onnxruntime
+from onnx import ModelProto
+
+from alignment.compare.coco_map import agreement_ap, coco_ap
+from alignment.data.samples import open_samples
+from alignment.export.onnx_export import exported, file_digest
+from alignment.export.plugin_nms import refuse_plugin
+from alignment.models.outputs import detections_of, to_outputs
+from alignment.nms.multiclass import Detections
+from alignment.runners.base import cpu_threads
+from alignment.runners.onnxruntime import OnnxRuntimeRunner
+from alignment.storage import cache_dir, locked, writing
+from alignment.variant import Variant
+
+
+@dataclass(frozen=True)
+class Score:
+    """What detections are worth.
+
+    Attributes:
+        ap: COCO AP at IoU 0.50:0.95, 0..1; −1 where there is no truth.
+        agreement: AP with the detections of the float32 network as truth, see `agreement_ap`.  It needs no labels, and
+            moves where AP on a few images stays or wavers.
+    """
+
+    ap: float
+    agreement: float
+
+
+class Scorer:
+    """Scores graphs of one variant, node by node; what was scored before is in the cache, by its content.
+
+    Args:
+        variant: whose images, decoding and NMS.
+        data: COCO-layout root, for variants on COCO.
+        images: the first so many of its validation images; default: all.
+
+    Attributes:
+        source: the float32 graph, as exported.
+        samples: the images.
+        runs: how many graphs went through ONNX Runtime.
+
+    Raises:
+        AlignError: for images or weights that are missing.
+    """
+
+    def __init__(self, variant: Variant, data: Path | None = None, images: int | None = None) -> None:
+        self.variant = variant
+        self.source = refuse_plugin(exported(variant).onnx, "no int8 here")
+        self.samples = open_samples(variant, data, images)
+        self.runs = 0
+
+    @cached_property
+    def reference(self) -> dict[int, Detections]:
+        """What the float32 network detects: image id → detections in pixels of the original image."""
+        return self.detect(self.source)
+
+    @cached_property
+    def float_score(self) -> Score:
+        """The score of the float32 network, whose agreement with itself is 1."""
+        return self._kept(self.source.read_bytes(), lambda: self.reference)
+
+    def score(self, model: ModelProto) -> Score:
+        """The score of a quantized graph."""
+        content = model.SerializeToString(deterministic=True)
+        return self._kept(content, lambda: self._detect(content))
+
+    def judge(self, found: Mapping[int, Detections]) -> Score:
+        """The score of detections, by image id."""
+        dataset = self.samples.dataset
+        return Score(coco_ap(dataset, found)[0], agreement_ap(dataset, self.reference, found))
+
+    def detect(self, path: Path) -> dict[int, Detections]:
+        """What a graph detects, by image id."""
+        self.runs += 1
+        found = {}
+        # Fused int8 kernels saturate on CPUs without VNNI; node by node the graph is what it says.
+        with OnnxRuntimeRunner(path, optimize=False) as runner:
+            for sample in self.samples:
+                outputs = to_outputs(runner.run(sample.tensor[None].copy()), self.variant, 1)
+                found[sample.entry.id] = detections_of(outputs, sample.transform, self.variant)
+        return found
+
+    def _detect(self, content: bytes) -> dict[int, Detections]:
+        with tempfile.TemporaryDirectory(prefix="align-score-") as folder:
+            path = Path(folder) / "scored.onnx"
+            path.write_bytes(content)
+            return self.detect(path)
+
+    def _kept(self, content: bytes, detect: Callable[[], dict[int, Detections]]) -> Score:
+        """The score of a graph from the cache; what it detects is asked for only where that is not known yet."""
+        path = cache_dir() / "scores" / f"{self.variant.name}-{self._key(content)}.json"
+        with locked(path):
+            if not path.is_file():
+                score = self.judge(detect())
+                with writing(path) as file:
+                    file.write_text(json.dumps(asdict(score)) + "\n", encoding="utf-8")
+            return Score(**json.loads(path.read_text(encoding="utf-8")))
+
+    def _key(self, content: bytes) -> str:
+        parts = [*self._identity, hashlib.sha256(content).hexdigest()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _identity(self) -> list[str | int | None]:
+        """All that a score depends on beside the graph."""
+        dataset = self.samples.dataset
+        images = [dataset.content_fingerprint, dataset.fingerprint, len(self.samples)]
+        return [self.variant.fingerprint(), file_digest(self.source), *images, onnxruntime.__version__, cpu_threads()]

@@ -1,0 +1,86 @@
+"""The plot of partial quantization: what is lost, against how much is int8."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignment.errors import AlignError
+from alignment.quantize.partial import Point, frontier
+
+
+class _Panel(NamedTuple):
+    """One plot: what is on its axes, and whether more of x costs more."""
+
+    x: str
+    of_x: Callable[[Point], Any]
+    y: str
+    of_y: Callable[[Point], float]
+    dear: int
+    good: int
+
+
+MACS = "multiplications in int8, %"
+PANELS = (
+    _Panel(MACS, lambda p: 100 * p.int8_macs, "AP lost, points", lambda p: 100 * p.ap_lost, -1, -1),
+    _Panel(MACS, lambda p: 100 * p.int8_macs, "agreement with FP32", lambda p: p.agreement, -1, 1),
+)
+MARKERS = "sDv^<>pPXhd8"
+TIMED = _Panel("latency, ms", lambda p: p.latency_ms, "agreement with FP32", lambda p: p.agreement, 1, 1)
+
+
+def draw_pareto(path: Path, title: str, points: Sequence[Point], chosen: Point, ways: Mapping[str, Point]) -> None:
+    """Writes an SVG: every set that was scored as a dot, the Pareto front as a line, the chosen set as a star.
+
+    Args:
+        path: of the SVG.
+        title: above it.
+        points: all that were scored.
+        chosen: one of them.
+        ways: others of them that get a name in the plot.
+
+    Raises:
+        AlignError: matplotlib is not there.
+    """
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    timed = [point for point in points if point.latency_ms is not None]
+    panels = [*((panel, points) for panel in PANELS), *([(TIMED, timed)] if timed else [])]
+    # One file for one result: no date in it, no names drawn by lot.
+    with matplotlib.rc_context({"svg.hashsalt": "alignment", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(5.5 * len(panels), 5), layout="constrained")
+        figure.suptitle(title)
+        for place, (panel, shown) in enumerate(panels, 1):
+            axes = figure.add_subplot(1, len(panels), place)
+            _draw(axes, panel, shown, chosen, ways)
+            if place == 1:
+                figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def require_matplotlib() -> None:
+    """Raises AlignError where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise AlignError("matplotlib is not installed", "pip install matplotlib")
+
+
+def _draw(axes: Any, panel: _Panel, points: Sequence[Point], chosen: Point, ways: Mapping[str, Point]) -> None:
+    def place(shown: Sequence[Point]) -> tuple[list[float], list[float]]:
+        return [panel.of_x(point) for point in shown], [panel.of_y(point) for point in shown]
+
+    front = frontier(points, lambda p: panel.dear * panel.of_x(p), lambda p: -panel.good * panel.of_y(p))
+    axes.plot(*place(points), "o", color="#9aa5b1", markersize=3, label=f"{len(points)} sets")
+    axes.plot(*place(front), "-o", color="#1f6feb", markersize=4, linewidth=1.2, label="Pareto front")
+    for (name, point), marker in zip(ways.items(), itertools.cycle(MARKERS), strict=False):
+        if point in points:
+            axes.plot(*place([point]), marker, color="#b45309", markersize=7, fillstyle="none", zorder=4, label=name)
+    if chosen in points:
+        label = f"chosen: {len(chosen.kept)} in float"
+        axes.plot(*place([chosen]), "*", color="#d1242f", markersize=13, label=label)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""``align``: run, table, export, quantize, layers, explain, variants, doctor, schema, synthetic.
+"""``align``: run, table, export, quantize, qat, layers, explain, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -31,6 +31,7 @@ from alignment.commands.console import (
     write_report,
 )
 from alignment.commands.explain import explain
+from alignment.commands.qat import qat
 from alignment.commands.quantize import quantize
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
@@ -206,6 +207,7 @@ def layers(
 
 
 app.command()(reported(quantize))
+app.command()(reported(qat))
 app.command()(reported(explain))
 
 

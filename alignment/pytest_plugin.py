@@ -30,6 +30,7 @@ MARKERS = {
     "fp32_alignment": "torch, ONNX Runtime and TensorRT give the same answers in FP32",
     "fp16_alignment": "ONNX Runtime and TensorRT in FP16 find what torch finds in FP32",
     "int8_alignment": "INT8 finds what torch finds in FP32, by every route, and each backend computes the same graph",
+    "qat": "training with fake quantization betters int8, resumes to the bit, and ends in the graph that was trained",
     "nms": "post-processing: what each implementation keeps, and why they differ",
     "topk": "which candidates a TopK lets through, and what its limit costs",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",

@@ -241,7 +241,7 @@ class _Watch(Hook):
         self._losses = []
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        losses = {name: float(value) for name, value in outputs.items()}
+        losses = {name: float(value.detach()) for name, value in outputs.items()}
         if not all(map(math.isfinite, losses.values())):
             raise Diverged("the loss is not finite")
         self._losses.append(losses)
@@ -332,7 +332,7 @@ def train(
     node_map = node_map_of(variant)
     owner = quantized_detector(variant, quantized)
     float_model = _float(variant)
-    preprocessor, loader = _data(variant, root, learnt, options)
+    preprocessor, loader = _data(variant, root, learnt, held_out.dataset.class_names, options)
     model = QatModel(owner, preprocessor, float_model if options.distill else None, options)
     groups = [{"params": trainable(owner, node_map), "lr": options.lr}]
     if options.learn_scales:
@@ -395,7 +395,7 @@ def _images(variant: Variant, data: Path | None, options: Options) -> tuple[Path
     return root, Samples(variant, replace(dataset, images=dataset.images[-options.held_out :])), learnt
 
 
-def _data(variant: Variant, root: Path, learnt: int, options: Options) -> tuple[dict, dict]:
+def _data(variant: Variant, root: Path, learnt: int, classes: list[str], options: Options) -> tuple[dict, dict]:
     """Configs of mmyolo's data preprocessor and of its loader, with the pipeline of the embedded variants' training."""
     from alignment.models.train_embedded import Schedule, train_config
 
@@ -405,8 +405,7 @@ def _data(variant: Variant, root: Path, learnt: int, options: Options) -> tuple[
     dataset = loader.dataset
     dataset.indices = list(range(learnt))
     dataset.pipeline = [step for step in dataset.pipeline if step.type not in STRONG]
-    if not variant.embedded:
-        del dataset["metainfo"]  # COCO's own
+    dataset.metainfo = dict(classes=tuple(classes))
     return config.model.data_preprocessor, loader
 
 
@@ -496,6 +495,7 @@ def _runner(
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """What the Runner sets for the whole process is put back: seeds, determinism, threads of OpenCV."""
+    import contextlib
     import os
 
     import cv2
@@ -507,7 +507,8 @@ def _undisturbed() -> Iterator[None]:
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     logging.getLogger("mmengine").setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stdout(None):  # pycocotools prints
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

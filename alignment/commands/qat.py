@@ -17,6 +17,7 @@ from alignment.variant import MMYoloSource, Variant, golden_dir, load_variant, w
 
 if TYPE_CHECKING:
     from alignment.quantize.qat import Outcome
+    from alignment.quantize.trained import Trained
 
 DISTILL = ("features", "logits")
 
@@ -26,7 +27,7 @@ def qat(
     out_dir: Annotated[Path, typer.Option("--out", help="folder for the trained variant and its graphs")],
     start: Annotated[
         Path | None,
-        typer.Option("--from", metavar="PATH", help="a keep_float.yaml of `align partial`, or the folder that it is in"),
+        typer.Option("--from", metavar="PATH", help="a keep_float.yaml of `align partial`, or its folder"),
     ] = None,
     keep_float: Annotated[
         list[str] | None, typer.Option(help="ONNX node, with wildcards, that stays float; repeatable")
@@ -89,7 +90,7 @@ def qat(
     with stage_bars(chosen.name) as show:
         quantized = recipe.quantize(chosen, data, progress=show)
         outcome = train(chosen, quantized, options, checkpoint, data, show)
-        paths = _write(outcome, chosen, out_dir, data)
+        paths = _write(outcome.trained, outcome.report(chosen, options), chosen, out_dir, data)
     checkpoint.unlink(missing_ok=True)
     _print(outcome)
     for path in paths:
@@ -116,18 +117,18 @@ def _kept_float(variant: Variant, start: Path | None, patterns: list[str] | None
     return with_quantization(variant, {"keep_float": nodes}) if nodes else variant
 
 
-def _write(outcome: Outcome, variant: Variant, folder: Path, data: Path | None) -> list[Path]:
+def _write(trained: Trained, report: dict[str, Any], variant: Variant, folder: Path, data: Path | None) -> list[Path]:
     """Weights, variant, graphs and report; the variant is read again, so that what is written is what `run` takes."""
     from alignment.quantize import recipe
 
     weights, papers, own = (folder / f"{variant.name}{end}" for end in (".qat.npz", ".qat.json", "_qat.yaml"))
-    outcome.trained.save(weights)
+    trained.save(weights)
     with writing(own) as temporary:
         text = yaml.safe_dump(_fields(variant, weights.name), sort_keys=False, allow_unicode=True, width=1000)
         temporary.write_text(text, encoding="utf-8")
     graphs = recipe.quantize(load_variant(own), data).save(folder, variant.name)
     with writing(papers) as temporary:
-        temporary.write_text(json.dumps(outcome.report, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return [own, weights, papers, *graphs]
 
 

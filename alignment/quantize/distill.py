@@ -18,7 +18,8 @@ _EPSILON = 1e-6
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean squared error of the neck's outputs in units of the teacher's mean square, level by level, averaged."""
-    errors = [(ours - theirs).square().mean() / theirs.square().mean() for ours, theirs in zip(student, teacher)]
+    pairs = zip(student, teacher, strict=True)
+    errors = [(ours - theirs).square().mean() / theirs.square().mean() for ours, theirs in pairs]
     return sum(errors[1:], errors[0]) / len(errors)
 
 

@@ -174,7 +174,8 @@ def quantize(
     elif recipe.equalization:
         source = graph_file(equalize(onnx.load(source))[0], f"{variant.name}.equalized")
     samples = calibration_samples(variant, data)
-    observed = source if recipe.calibration == "separate" or trained is not None else _with_int8_weights(source, variant)
+    joint = recipe.calibration == "joint" and trained is None
+    observed = _with_int8_weights(source, variant) if joint else source
     path = calibration_path(variant, identity_of(observed, samples))
     move = (lambda done: progress("calibration", done, len(samples))) if progress else None
     calibration = calibrate(observed, samples, path, batch, move)

@@ -33,9 +33,11 @@ def qat(
         list[str] | None, typer.Option(help="ONNX node, with wildcards, that stays float; repeatable")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="at most; the best of them is kept")] = 6,
-    lr: Annotated[float, typer.Option(min=0, help="learning rate of weights, in quantization steps")] = 0.02,
+    lr: Annotated[float, typer.Option(min=0, max=1e6, help="learning rate of weights, in quantization steps")] = 0.01,
     learn_scales: Annotated[bool, typer.Option("--learn-scales", help="train scales of activations too (LSQ)")] = False,
-    scale_lr: Annotated[float, typer.Option(min=0, help="learning rate of scales, in parts of themselves")] = 2e-3,
+    scale_lr: Annotated[
+        float, typer.Option(min=0, max=1e6, help="learning rate of scales, in parts of themselves")
+    ] = 0.01,
     distill: Annotated[
         list[str] | None, typer.Option(help="features or logits: learn those of the float model; repeatable")
     ] = None,

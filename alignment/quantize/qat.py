@@ -79,8 +79,8 @@ class Options:
     """
 
     epochs: int = 6
-    lr: float = 0.02
-    scale_lr: float = 2e-3
+    lr: float = 0.01
+    scale_lr: float = 0.01
     batch: int = 8
     images: int = 224
     held_out: int = 32
@@ -166,11 +166,18 @@ class _Watch(Hook):
         checkpoint["qat"] = {"identity": self.identity, **asdict(self.found)}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        kept = dict(checkpoint["qat"])
-        if kept.pop("identity") != self.identity:
-            what = f"{self.path}: begun with another start or other options"
-            raise AlignError(what, "give the same, or another --out, or delete it")
-        self.found = Progressed(**kept)
+        self.found = Progressed(**{name: value for name, value in checkpoint["qat"].items() if name != "identity"})
+
+
+def _require_begun_alike(path: Path, identity: str) -> None:
+    """Raises AlignError for a checkpoint of another start or other options, or what is none."""
+    try:
+        begun = torch.load(path, map_location="cpu")["qat"]["identity"]
+    except Exception as error:  # whatever unpickling raises
+        raise AlignError(f"{path}: no checkpoint of align qat: {type(error).__name__}", "delete it") from None
+    if begun != identity:
+        what = f"{path}: begun with another start or other options"
+        raise AlignError(what, "give the same, or another --out, or delete it")
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
@@ -215,6 +222,29 @@ class Outcome:
         }
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What the Runner sets for the whole process is put back: seeds, determinism, threads of OpenCV."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), cv2.getNumThreads()
+    trust = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    # The Runner resumes from checkpoints that it wrote itself; they hold more than tensors.
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    logging.getLogger("mmengine").setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(None):  # pycocotools prints
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.use_deterministic_algorithms(deterministic)
+        cv2.setNumThreads(threads)
+        if trust is None:
+            del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]
+
+
+@_undisturbed()
 def train(
     variant: Variant,
     quantized: Quantized,
@@ -241,6 +271,9 @@ def train(
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AlignError(f"--device cuda: torch {torch.__version__} finds no GPU", "leave it at cpu")
     held_out, learnt = split_images(variant, data, options.images, options.held_out)
+    identity = _identity(variant, quantized, options, held_out)
+    if checkpoint.is_file():
+        _require_begun_alike(checkpoint, identity)
     if threads := cpu_threads():
         torch.set_num_threads(threads)
     node_map, owner = node_map_of(variant), quantized_detector(variant, quantized)
@@ -251,9 +284,9 @@ def train(
     judge = Judge(held_out, teacher)
     preprocessor, loader = data_config(held_out, learnt, options.batch, options.seed)
     model = QatModel(owner, preprocessor, teacher.to(options.device), options.labels, options.distill)
-    watch = _Watch(options, judge, checkpoint, _identity(variant, quantized, options, held_out), progress)
+    watch = _Watch(options, judge, checkpoint, identity, progress)
     stopped, diverged = "", False
-    with _undisturbed(), tempfile.TemporaryDirectory(prefix="align-qat-") as work:
+    with tempfile.TemporaryDirectory(prefix="align-qat-") as work:
         runner = _runner(model.to(options.device), loader, groups, watch, Path(work), learnt)
         try:
             runner.train()
@@ -289,8 +322,10 @@ class _Runner(Runner):
 def _runner(model: QatModel, loader: Any, groups: list, watch: _Watch, work: Path, images: int) -> Runner:
     options, resume = watch.options, watch.path.is_file()
     iterations = options.epochs * math.ceil(images / options.batch)
-    warmup = max(1, round(WARMUP * iterations))
-    cosine = dict(type="CosineAnnealingLR", eta_min_ratio=FINAL_RATE, by_epoch=False, begin=warmup, end=iterations)
+    warmup = round(WARMUP * iterations)
+    schedule = [dict(type="CosineAnnealingLR", eta_min_ratio=FINAL_RATE, by_epoch=False, begin=warmup, end=iterations)]
+    if warmup:
+        schedule.append(dict(type="LinearLR", start_factor=FINAL_RATE, by_epoch=False, begin=0, end=warmup))
     return _Runner(
         model,
         str(work),
@@ -299,7 +334,7 @@ def _runner(model: QatModel, loader: Any, groups: list, watch: _Watch, work: Pat
         optim_wrapper=OptimWrapper(
             torch.optim.AdamW(groups, weight_decay=0.0), clip_grad=dict(max_norm=options.max_norm)
         ),
-        param_scheduler=[dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warmup), cosine],
+        param_scheduler=schedule,
         default_hooks=dict(timer=None, logger=None, checkpoint=None),
         custom_hooks=[watch],
         # Some losses have no deterministic CUDA kernel.
@@ -311,25 +346,3 @@ def _runner(model: QatModel, loader: Any, groups: list, watch: _Watch, work: Pat
         # Runners of one name would share their logs.
         experiment_name=uuid.uuid4().hex,
     )
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """What the Runner sets for the whole process is put back: seeds, determinism, threads of OpenCV."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    deterministic, threads = torch.are_deterministic_algorithms_enabled(), cv2.getNumThreads()
-    trust = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    # The Runner resumes from checkpoints that it wrote itself; they hold more than tensors.
-    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    logging.getLogger("mmengine").setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(None):  # pycocotools prints
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        torch.use_deterministic_algorithms(deterministic)
-        cv2.setNumThreads(threads)
-        if trust is None:
-            del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from alignment.quantize.qat import Outcome
     from alignment.quantize.trained import Trained
 
-DISTILL = ("features", "logits")
+DISTILL = {"none": (), "features": ("features",), "logits": ("logits",), "both": ("features", "logits")}
 
 
 def qat(
@@ -34,13 +34,15 @@ def qat(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="at most; the best of them is kept")] = 6,
     lr: Annotated[float, typer.Option(min=0, max=1e6, help="learning rate of weights, in quantization steps")] = 0.01,
-    learn_scales: Annotated[bool, typer.Option("--learn-scales", help="train scales of activations too (LSQ)")] = False,
+    learn_scales: Annotated[
+        bool, typer.Option("--learn-scales/--keep-scales", help="whether scales of activations are trained (LSQ)")
+    ] = True,
     scale_lr: Annotated[
         float, typer.Option(min=0, max=1e6, help="learning rate of scales, in parts of themselves")
     ] = 0.01,
     distill: Annotated[
-        list[str] | None, typer.Option(help="features or logits: learn those of the float model; repeatable")
-    ] = None,
+        Literal["none", "features", "logits", "both"], typer.Option(help="what is learnt from the float model")
+    ] = "both",
     labels: Annotated[
         bool, typer.Option("--labels/--no-labels", help="whether the truth is learnt from, by mmyolo's losses")
     ] = True,
@@ -59,9 +61,6 @@ def qat(
     run DIR/NAME_qat.yaml --precision int8` takes it by every route.  Exit status 1: no epoch was better than the start,
     or training diverged; the best weights are written all the same.
     """
-    unknown = next((word for word in distill or () if word not in DISTILL), None)
-    if unknown is not None:
-        raise AlignError(f"--distill {unknown}: nothing of that name is distilled", f"one of {', '.join(DISTILL)}")
     require_folders({"--out": out_dir})
     chosen = _kept_float(load_variant(variant), start, keep_float)
     if chosen.quantization.trained is not None:
@@ -82,7 +81,7 @@ def qat(
         images=images,
         held_out=held_out,
         labels=labels,
-        distill=tuple(sorted(set(distill or ()))),
+        distill=DISTILL[distill],
         learn_scales=learn_scales,
         patience=patience,
         seed=seed,

@@ -22,6 +22,7 @@ import os
 import random
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,8 +86,8 @@ class Options:
     images: int = 224
     held_out: int = 32
     labels: bool = True
-    distill: tuple[str, ...] = ()
-    learn_scales: bool = False
+    distill: tuple[str, ...] = ("features", "logits")
+    learn_scales: bool = True
     patience: int = 3
     max_norm: float = 10.0
     seed: int = 0
@@ -172,7 +173,7 @@ class _Watch(Hook):
 def _require_begun_alike(path: Path, identity: str) -> None:
     """Raises AlignError for a checkpoint of another start or other options, or what is none."""
     try:
-        begun = torch.load(path, map_location="cpu")["qat"]["identity"]
+        begun = torch.load(path, map_location="cpu", weights_only=False)["qat"]["identity"]
     except Exception as error:  # whatever unpickling raises
         raise AlignError(f"{path}: no checkpoint of align qat: {type(error).__name__}", "delete it") from None
     if begun != identity:
@@ -232,7 +233,9 @@ def _undisturbed() -> Iterator[None]:
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     logging.getLogger("mmengine").setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(None):  # pycocotools prints
+        # pycocotools prints, and torch warns of that variable.
+        with contextlib.redirect_stdout(None), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Environment variable TORCH_FORCE")
             yield
     finally:
         random.setstate(states[0])
@@ -267,7 +270,7 @@ def train(
         AlignError: for a variant without torch model or images, and a checkpoint of other options.
     """
     if not (options.labels or options.distill):
-        raise AlignError("--no-labels without --distill: nothing is left to train by", "give --distill logits")
+        raise AlignError("--no-labels --distill none: nothing is left to train by", "leave one of them away")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AlignError(f"--device cuda: torch {torch.__version__} finds no GPU", "leave it at cpu")
     held_out, learnt = split_images(variant, data, options.images, options.held_out)

@@ -342,6 +342,10 @@ class TestFile:
         with pytest.raises(AlignError, match="trained with other nodes in float"):
             recipe.quantize(changed)
 
+    def test_ranges_of_another_tool_are_refused_beside_it(self, light, path):
+        with pytest.raises(AlignError, match="trained scales, and ranges of another tool"):
+            recipe.quantize(with_quantization(light.variant, {"trained": path}), ranges={"images": 1.0})
+
     @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no archive", b"nothing"])
     def test_what_is_no_such_file_is_refused(self, light, tmp_path, content):
         path = tmp_path / "broken.npz"

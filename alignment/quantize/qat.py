@@ -5,7 +5,8 @@ the QDQ graph says it reads.  Augmentation is a flip, there is no average of wei
 linear warm-up and a cosine.
 
 A weight moves in quantization steps of its channel, so that one learning rate suits layers and channels of any range.
-Scales of weights stay what they were; those of activations too, unless they are learnt (`alignment.quantize.lsq`).
+Scales of weights stay what they were: the largest of a channel stays at ±127 nearly always, so that TensorRT, where it
+finds scales by itself, finds these.  Those of activations are learnt where that is asked for (`alignment.quantize.lsq`).
 After each epoch agreement with the float detector is measured on training images that were held out, and all is
 written; the best epoch is what remains, the start included.
 """

@@ -159,16 +159,20 @@ def quantize(
         batch: images that go through ONNX Runtime at once.
         progress: called with what is being done, how many are done, and all.
         device: of torch, where weights are searched for: "cpu" or "cuda".
-        ranges: largest magnitude by tensor, in place of the calibrated one: those of another tool's calibration.  A
-            recipe whose weights were trained has its own.
+        ranges: largest magnitude by tensor, in place of the calibrated one: those of another tool's calibration.
 
     Raises:
-        AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have.
+        AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have, and
+            ranges for what has trained scales.
     """
     recipe = variant.quantization
     source = _with_scales_of_channels(refuse_plugin(exported(variant).onnx, "no int8 here"), variant.name)
     trained = None if recipe.trained is None else Trained.load(recipe.trained, variant)
     if trained is not None:
+        if ranges is not None:
+            raise AlignError(
+                f"{recipe.trained}: scales that were trained, and ranges of another tool", "give one of them"
+            )
         model = with_weights(onnx.load(source), trained.weights, trained.biases)
         source = graph_file(model, f"{variant.name}.trained")
     elif recipe.equalization:

@@ -6,9 +6,9 @@ linear warm-up and a cosine.
 
 A weight moves in quantization steps of its channel, so that one learning rate suits layers and channels of any range.
 Scales of weights stay what they were: the largest of a channel stays at ±127 nearly always, so that TensorRT, where it
-finds scales by itself, finds these.  Those of activations are learnt where that is asked for (`alignment.quantize.lsq`).
-After each epoch agreement with the float detector is measured on training images that were held out, and all is
-written; the best epoch is what remains, the start included.
+finds scales by itself, finds these.  Those of activations are learnt, or stay too (`alignment.quantize.lsq`).  After
+each epoch agreement with the float detector is measured on training images that were held out, and all is written; the
+best epoch is what remains, the start included.
 """
 
 from __future__ import annotations
@@ -275,11 +275,11 @@ def train(
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AlignError(f"--device cuda: torch {torch.__version__} finds no GPU", "leave it at cpu")
     held_out, learnt = split_images(variant, data, options.images, options.held_out)
+    if threads := cpu_threads():
+        torch.set_num_threads(threads)
     identity = _identity(variant, quantized, options, held_out)
     if checkpoint.is_file():
         _require_begun_alike(checkpoint, identity)
-    if threads := cpu_threads():
-        torch.set_num_threads(threads)
     node_map, owner = node_map_of(variant), quantized_detector(variant, quantized)
     groups = [{"params": trainable(owner, node_map), "lr": options.lr}]
     if options.learn_scales:
@@ -327,9 +327,8 @@ def _runner(model: QatModel, loader: Any, groups: list, watch: _Watch, work: Pat
     options, resume = watch.options, watch.path.is_file()
     iterations = options.epochs * math.ceil(images / options.batch)
     warmup = round(WARMUP * iterations)
-    schedule = [dict(type="CosineAnnealingLR", eta_min_ratio=FINAL_RATE, by_epoch=False, begin=warmup, end=iterations)]
-    if warmup:
-        schedule.append(dict(type="LinearLR", start_factor=FINAL_RATE, by_epoch=False, begin=0, end=warmup))
+    rise = dict(type="LinearLR", start_factor=FINAL_RATE, by_epoch=False, begin=0, end=warmup)
+    fall = dict(type="CosineAnnealingLR", eta_min_ratio=FINAL_RATE, by_epoch=False, begin=warmup, end=iterations)
     return _Runner(
         model,
         str(work),
@@ -338,7 +337,7 @@ def _runner(model: QatModel, loader: Any, groups: list, watch: _Watch, work: Pat
         optim_wrapper=OptimWrapper(
             torch.optim.AdamW(groups, weight_decay=0.0), clip_grad=dict(max_norm=options.max_norm)
         ),
-        param_scheduler=schedule,
+        param_scheduler=[rise, fall] if warmup else fall,
         default_hooks=dict(timer=None, logger=None, checkpoint=None),
         custom_hooks=[watch],
         # Some losses have no deterministic CUDA kernel.

@@ -121,7 +121,6 @@ class _InSteps(nn.Module):
 
 def trainable(owner: QuantizedDetector, node_map: Mapping[str, Mapping[str, str]]) -> list[nn.Parameter]:
     """Makes weights and biases of the graph's nodes parameters in quantization steps; one for each initializer."""
-    found: list[nn.Parameter] = []
     shared: dict[str, nn.Parameter] = {}
     done: set[str] = set()
     for entry in node_map.values():
@@ -139,8 +138,7 @@ def trainable(owner: QuantizedDetector, node_map: Mapping[str, Mapping[str, str]
             part = module.parametrizations[name]
             key = entry["weight"] if name == "weight" else f"{entry['module']}.bias"
             part.original = shared.setdefault(key, part.original.requires_grad_())
-    found.extend(shared.values())
-    return found
+    return list(shared.values())
 
 
 def trained_of(

@@ -31,6 +31,7 @@ MARKERS = {
     "fp16_alignment": "ONNX Runtime and TensorRT in FP16 find what torch finds in FP32",
     "int8_alignment": "INT8 finds what torch finds in FP32, by every route, and each backend computes the same graph",
     "sensitivity": "sweeps over layers name what int8 spoils, and their numbers are those of whole runs",
+    "qat": "training with fake quantization betters int8, resumes to the bit, and ends in the graph that was trained",
     "nms": "post-processing: what each implementation keeps, and why they differ",
     "culprit": "engines taken apart, and the search for the Q/DQ pairs that make one worse than ONNX Runtime",
     "topk": "which candidates a TopK lets through, and what its limit costs",

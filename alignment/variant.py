@@ -90,7 +90,8 @@ class Quantization(Strict):
 
     `calibration` ``separate`` takes ranges of activations in the float network, ``joint`` with quantized weights.
     `rounding` of weights, `bias_correction` and `equalization`: see the modules of these names in
-    `alignment.quantize`.
+    `alignment.quantize`.  `trained` is a file of ``align qat``, whose weights, biases and scales take the place of what
+    these find.
     """
 
     method: Literal["minmax", "moving_average", "percentile", "histogram", "entropy", "mse"] = "mse"
@@ -102,15 +103,20 @@ class Quantization(Strict):
     rounding: Literal["nearest", "adaround", "brecq"] = "nearest"
     bias_correction: bool = False
     equalization: bool = False
+    trained: Path | None = None
 
     def fingerprint(self) -> str:
         """16 hex digits over all that the recipe says, and what it means."""
-        fields = {"meaning": RECIPE_MEANING, **self.model_dump(mode="json")}
+        fields = {"meaning": RECIPE_MEANING, **self.model_dump(mode="json", exclude={"trained"})}
+        if self.trained is not None:
+            # Where the file lies means nothing; one that is not there is refused where it is read.
+            content = self.trained.read_bytes() if self.trained.is_file() else b""
+            fields["trained"] = hashlib.sha256(content).hexdigest()
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 #: The changes to a recipe after which every layer is on its own.
-PLAIN: dict[str, Any] = {"keep_float": [], "rounding": "nearest", "bias_correction": False}
+PLAIN: dict[str, Any] = {"keep_float": [], "rounding": "nearest", "bias_correction": False, "trained": None}
 
 
 class Variant(Strict):
@@ -142,6 +148,14 @@ class Variant(Strict):
         if isinstance(source, dict):
             source = {**source, **{k: _path(source[k], folder) for k in ("checkpoint", "file") if k in source}}
         return source
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _find_trained(cls, recipe: Any, info: ValidationInfo) -> Any:
+        if isinstance(recipe, dict) and isinstance(recipe.get("trained"), str):
+            folder = (info.context or {}).get("folder", Path.cwd())
+            recipe = {**recipe, "trained": _path(recipe["trained"], folder)}
+        return recipe
 
     @model_validator(mode="after")
     def _nonzero_std(self) -> Variant:

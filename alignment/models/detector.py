@@ -62,11 +62,14 @@ class Detector(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """`image`: ``[B, 3, H, W]``, normalized, of the module's dtype."""
         raw = self.model.bbox_head(self.model.extract_feat(image))
-        head = self.model.bbox_head
-        scores = self._rows(raw[0], head.num_classes).sigmoid()
+        return (*self.decoded(raw), *(level for kind in raw if kind is not None for level in kind))
+
+    def decoded(self, raw: tuple[list[Tensor], ...]) -> tuple[Tensor, Tensor]:
+        """Boxes and scores, as `forward` gives them, of what the head gives in evaluation or in training."""
+        scores = self._rows(raw[0], self.model.bbox_head.num_classes).sigmoid()
         if "obj" in self.kinds:
             scores = scores * self._rows(raw[2], 1).sigmoid()
-        return (self._boxes(raw), scores, *(level for kind in raw if kind is not None for level in kind))
+        return self._boxes(raw), scores
 
     def _boxes(self, raw: tuple[list[Tensor], ...]) -> Tensor:
         """As the head's ``predict_by_feat`` decodes them before NMS."""

@@ -24,6 +24,7 @@ from alignment.quantize.equalization import equalize
 from alignment.quantize.observers import fake_quantize, scale_of, weight_amax
 from alignment.quantize.placement import Placement, place
 from alignment.quantize.qdq import group_amax, write_qdq
+from alignment.quantize.trained import Trained
 from alignment.storage import cache_dir, locked, writing
 from alignment.variant import Quantization, Variant
 
@@ -161,17 +162,30 @@ def quantize(
         ranges: largest magnitude by tensor, in place of the calibrated one: those of another tool's calibration.
 
     Raises:
-        AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have.
+        AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have, and
+            ranges for what has trained scales.
     """
     recipe = variant.quantization
     source = _with_scales_of_channels(refuse_plugin(exported(variant).onnx, "no int8 here"), variant.name)
-    if recipe.equalization:
+    trained = None if recipe.trained is None else Trained.load(recipe.trained, variant)
+    if trained is not None:
+        if ranges is not None:
+            raise AlignError(
+                f"{recipe.trained}: scales that were trained, and ranges of another tool", "give one of them"
+            )
+        model = with_weights(onnx.load(source), trained.weights, trained.biases)
+        source = graph_file(model, f"{variant.name}.trained")
+    elif recipe.equalization:
         source = graph_file(equalize(onnx.load(source))[0], f"{variant.name}.equalized")
     samples = calibration_samples(variant, data)
-    observed = source if recipe.calibration == "separate" else _with_int8_weights(source, variant)
+    joint = recipe.calibration == "joint" and trained is None
+    observed = _with_int8_weights(source, variant) if joint else source
     path = calibration_path(variant, identity_of(observed, samples))
     move = (lambda done: progress("calibration", done, len(samples))) if progress else None
-    found = apply(source, recipe, calibrate(observed, samples, path, batch, move), ranges)
+    calibration = calibrate(observed, samples, path, batch, move)
+    if trained is not None:
+        return _with_trained_scales(source, recipe, calibration, trained)
+    found = apply(source, recipe, calibration, ranges)
     if recipe.rounding == "nearest" and not recipe.bias_correction:
         return found
     return _improved(variant, found, samples, progress, device)
@@ -196,6 +210,17 @@ def _with_int8_weights(source: Path, variant: Variant) -> Path:
         scale = scale_of(weight_amax(weight, quantizer.axis, variant.quantization.weights))
         values[quantizer.initializer] = fake_quantize(weight, scale, quantizer.axis, -127)
     return graph_file(with_weights(model, values, {}), f"{variant.name}.weights")
+
+
+def _with_trained_scales(source: Path, recipe: Quantization, calibration: Calibration, trained: Trained) -> Quantized:
+    """The graph with trained weights at its trained scales; a calibration is there for the other tensors' ranges."""
+    assert recipe.trained is not None
+    placement = place(onnx.load(source), recipe.policy, recipe.keep_float)
+    trained.require_placed(placement, recipe.trained)
+    found = apply(source, recipe, calibration, {name: float(scale) * 127 for name, scale in trained.scales.items()})
+    scales, weight_scales = dict(trained.scales), dict(trained.weight_scales)
+    model = write_qdq(onnx.load(source), found.placement, scales, weight_scales)
+    return replace(found, model=model, scales=scales, weight_scales=weight_scales)
 
 
 def _improved(

@@ -131,6 +131,14 @@ class QuantizedDetector(nn.Module):
         """See `Detector`."""
         return self.detector.output_names
 
+    def read_weight(self, place: int, weight: Tensor) -> Tensor:
+        """A weight as its node reads it, quantized; `place` is among `initializers`."""
+        quantizer = self.weights[place]
+        # Weights have no level -128: the QDQ graph holds them clipped.  As there, those that are over by a rounding
+        # error of the scale are not: they would be without a gradient.
+        limit = cast(Tensor, quantizer.amax) * 1.001
+        return quantizer(torch.clamp(weight, -limit, limit))  # type: ignore[no-any-return]
+
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """See `Detector`.  Raises AlignError when the model did not call what the graph says it calls."""
         with Quantizing(self) as mode:
@@ -207,12 +215,7 @@ class Quantizing(TorchFunctionMode):
         for index, place in reads.inputs.items():
             args[index] = quantizers[place](args[index])
         if reads.weight is not None:
-            quantizer = self._owner.weights[reads.weight]
-            largest = cast(Tensor, quantizer.amax)
-            # Weights have no level -128: the QDQ graph holds them clipped.  As there, those that are over by a rounding
-            # error of the scale are not: they would be without a gradient.
-            limit = largest * 1.001
-            args[1] = quantizer(torch.clamp(args[1], -limit, limit))
+            args[1] = self._owner.read_weight(reads.weight, args[1])
         return args
 
     def require_all(self) -> None:
@@ -269,7 +272,7 @@ def float_detector(variant: Variant, source: Path) -> Detector:
     from alignment.models.mmyolo_source import build_detector
 
     detector = fused(build_detector(variant))
-    node_map, model = _node_map(variant), onnx.load(source)
+    node_map, model = node_map_of(variant), onnx.load(source)
     values = {i.name: i for i in model.graph.initializer}
     for node in model.graph.node:
         if "weight" in node_map.get(node.name, {}):
@@ -287,14 +290,14 @@ def quantized_detector(variant: Variant, quantized: Quantized) -> QuantizedDetec
     """
     return QuantizedDetector(
         float_detector(variant, quantized.source),
-        _node_map(variant),
+        node_map_of(variant),
         quantized.placement,
         quantized.scales,
         quantized.weight_scales,
     )
 
 
-def _node_map(variant: Variant) -> dict[str, dict[str, str]]:
+def node_map_of(variant: Variant) -> dict[str, dict[str, str]]:
     from alignment.export.onnx_export import exported, read_node_map
 
     path = exported(variant).node_map

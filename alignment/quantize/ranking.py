@@ -33,15 +33,9 @@ def rank_correlations(found: Sensitivity, nodes: Collection[str]) -> dict[str, d
     """
     layers = [layer for layer in found.layers if layer.node in nodes]
     metrics = [metric for metric in METRICS if layers and all(metric in layer.metrics for layer in layers)]
-    values = {metric: [_sign(found, metric) * layer.metrics[metric] for layer in layers] for metric in metrics}
+    values = {metric: [found.sign(metric) * layer.metrics[metric] for layer in layers] for metric in metrics}
     costs = [cost for cost in COSTS if cost in values]
     return {metric: {cost: spearman(values[metric], values[cost]) for cost in costs} for metric in metrics}
-
-
-def _sign(found: Sensitivity, metric: str) -> int:
-    """1 where a larger value is of a more sensitive layer, else −1; see `Sensitivity.ranking`."""
-    kind = METRICS[metric]
-    return 1 if kind.grows == (found.mode == "quantize-one" or kind.own) else -1
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -111,10 +111,13 @@ class Sensitivity(_Frozen):
         if missing is not None:
             taken = ", ".join(self.layers[0].metrics)
             raise AlignError(f"{self.variant}: its outputs do not have the metric {metric}", f"choose from {taken}")
-        kind = METRICS[metric]
-        falling = kind.grows == (self.mode == "quantize-one" or kind.own)
-        ranked = sorted(self.layers, key=lambda layer: (-1 if falling else 1) * layer.metrics[metric])
+        ranked = sorted(self.layers, key=lambda layer: -self.sign(metric) * layer.metrics[metric])
         return [layer.node for layer in ranked]
+
+    def sign(self, metric: str) -> int:
+        """1 where a larger value is of a more sensitive layer, else −1."""
+        kind = METRICS[metric]
+        return 1 if kind.grows == (self.mode == "quantize-one" or kind.own) else -1
 
     def save(self, path: Path) -> None:
         """Writes it as JSON, whole."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignment.engine import capabilities
-from alignment.session import QUANTIZATION_MEND
+from alignment.errors import QUANTIZATION_MEND
 from alignment.storage import cache_dir, data_dir
 from alignment.variant import golden_dir
 

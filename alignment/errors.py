@@ -16,3 +16,7 @@ class AlignError(Exception):
     def __init__(self, what: str, mend: str = "") -> None:
         self.what, self.mend = what.rstrip("."), mend
         super().__init__(f"{self.what}: {mend}" if mend else self.what)
+
+
+#: What brings fake quantization in torch.
+QUANTIZATION_MEND = "pip install absl-py prettytable scipy; pip install --no-deps pytorch-quantization==2.1.3"

@@ -15,14 +15,12 @@ from alignment import __version__
 from alignment.case import Case
 from alignment.data.samples import Samples, calibration_annotations, dataset_root, images_mend, open_samples
 from alignment.engine import capabilities
-from alignment.errors import AlignError
+from alignment.errors import QUANTIZATION_MEND, AlignError
 from alignment.pipeline import RunOptions, align_live, explain_tf32, skipped
 from alignment.replay import has_record, replay
 from alignment.results import Alignment, CaseResult
 from alignment.variant import Variant
 
-#: What brings fake quantization in torch.
-QUANTIZATION_MEND = "pip install absl-py prettytable scipy; pip install --no-deps pytorch-quantization==2.1.3"
 #: What helps where a backend, precision and route are no case of a variant.
 NO_CASE_MEND = (
     "torch runs fp32 and int8 of variants with a torch model, tf32 is TensorRT's, and of int8's routes only qdq is not"

@@ -105,6 +105,11 @@ class Quantization(Strict):
     equalization: bool = False
     trained: Path | None = None
 
+    @property
+    def searched(self) -> bool:
+        """Whether weights or biases were changed for a network that is all int8: in one that is float they are off."""
+        return self.rounding != "nearest" or self.bias_correction or self.trained is not None
+
     def fingerprint(self) -> str:
         """16 hex digits over all that the recipe says, and what it means."""
         fields = {"meaning": RECIPE_MEANING, **self.model_dump(mode="json", exclude={"trained"})}

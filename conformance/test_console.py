@@ -8,6 +8,7 @@ import pytest
 from command_line import align
 
 from alignment import cli
+from alignment.commands import console
 from alignment.results import Alignment, CaseId, CaseResult
 
 STYLE = re.compile(r"\x1b\[[\d;]*m")
@@ -34,6 +35,8 @@ def printed(capsys):
 def terminal(monkeypatch, columns: int | None) -> None:
     """Makes stdout a terminal that wide; None: no terminal, whatever the environment says of its width."""
     monkeypatch.setattr("rich.console.Console.is_terminal", columns is not None)
+    # Rich reads COLUMNS once, when a console is made: pytest-xdist's workers have one of 80.
+    monkeypatch.setattr(console.out, "_width", columns or 40)
     monkeypatch.setenv("COLUMNS", str(columns or 40))
 
 

@@ -278,9 +278,23 @@ def test_the_command_on_files(tmp_path):
     result = align("inspect", tmp_path / "a.engine.json", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "reformat: Float → Int8: the image writes float, c reads int8; mend: none" in result.output
-    findings = json.loads((tmp_path / "planted.findings.json").read_text())
+    findings = json.loads((tmp_path / "a.findings.json").read_text())
     assert [finding["kind"] for finding in findings] == ["reformat"]
-    assert (tmp_path / "planted.svg").read_text().startswith("<svg")
+    assert (tmp_path / "a.svg").read_text().startswith("<svg")
+
+
+def test_files_of_one_case_are_told_apart_by_their_names(tmp_path):
+    (tmp_path / "other").mkdir()
+    paths = [tmp_path / "a.engine.json", tmp_path / "b.engine.json", tmp_path / "other" / "a.engine.json"]
+    for path in paths:
+        clean().save(path)
+    assert align("inspect", *paths[:2], "--out", tmp_path / "both").exit_code == 0
+    names = ["a-against-b.svg", "a.findings.json", "b.findings.json"]
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == names
+    result = align("inspect", paths[0], paths[2], "--out", tmp_path / "twice")
+    assert result.exit_code == 2
+    assert "two engines are both named a" in one_line(result.stderr)
+    assert not (tmp_path / "twice").exists() or not list((tmp_path / "twice").iterdir())
 
 
 @pytest.mark.parametrize(

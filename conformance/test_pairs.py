@@ -143,3 +143,21 @@ def test_nodes_that_read_no_int8():
     graph.model.graph.node[-1].name = ""
     with pytest.raises(AlignError, match=r"\(unnamed\) reads int8"):
         QdqGraph(graph.model)
+
+
+def test_what_a_branch_reads_stays():
+    """A weight that only the bodies of an If read is not dead."""
+    model = quantized(tiny("a = Conv(x, w0)"))
+    inner = helper.make_graph(
+        [helper.make_node("Identity", ["inner"], ["given"], name="given")],
+        "body",
+        [],
+        [helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, [2])],
+    )
+    branch = helper.make_node("If", ["yes"], ["chosen"], name="branch", then_branch=inner, else_branch=inner)
+    model.graph.node.append(branch)
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(2, np.float32), "inner"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    left = QdqGraph(model).only(())
+    assert {"inner", "yes"} <= {value.name for value in left.graph.initializer}
+    assert not any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in left.graph.node)

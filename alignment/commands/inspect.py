@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,8 @@ def inspect(
     engines = (
         _loaded(files, onnx_file) if files else _built(what[0], precision, route, against, (level, batch, times), data)
     )
+    if len({engine.name for engine in engines}) < len(engines):
+        raise AlignError(f"two engines are both named {engines[0].name}", "rename one of the files")
     for engine in engines:
         if not files:
             _wrote(out_dir / f"{engine.name}.engine.json", engine)
@@ -71,7 +74,8 @@ def _loaded(files: list[Path], onnx_file: Path | None) -> list[Inspection]:
         from alignment.inspection.node_graph import NodeGraph
 
         graph = NodeGraph.of(check_onnx(onnx_file))
-    return [load_inspection(path, graph) for path in files]
+    # Files of one case, of two GPUs or versions of TensorRT, are told apart by their own names.
+    return [replace(load_inspection(path, graph), name=path.stem.removesuffix(".engine")) for path in files]
 
 
 def _built(
@@ -91,6 +95,8 @@ def _built(
     cases: list[Case] = []
     for kind, way in asked:
         cases += cases_of(variant, ("tensorrt",), (kind,), (way,))
+    if len(set(cases)) < len(cases):
+        raise AlignError(f"--against {against}: the same engine twice", "give another precision or route")
     return [inspect_engine(variant, case, *how, data) for case in cases]
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alignment.quantize.partial import Goal, Partial, Point
     from alignment.quantize.scoring import Scorer
     from alignment.quantize.search import Kept
-    from alignment.quantize.sensitivity import Sensitivity
+    from alignment.quantize.sensitivity import Mode, Sensitivity
 
 
 def partial(
@@ -126,7 +126,8 @@ def _timer(candidates: Candidates, scorer: Scorer) -> Callable[[Kept], float]:
 def _swept(candidates: Candidates, scorer: Scorer, show: Callable[[str, int, int], None]) -> Sensitivity:
     from alignment.quantize.sweep import sweep
 
-    return sweep(candidates.variant, candidates.quantized(()), scorer.samples, progress=show)[0]
+    mode: Mode = "leave-one-out" if candidates.variant.quantization.searched else "quantize-one"
+    return sweep(candidates.variant, candidates.quantized(()), scorer.samples, mode, progress=show)[0]
 
 
 def _print(found: Partial) -> None:

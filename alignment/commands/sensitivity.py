@@ -62,8 +62,7 @@ def sensitivity(
     require_folders({"--out": out_file and out_file.parent, "--plot": plot and plot.parent})
     changes: dict[str, Any] = dict(PLAIN) if plain else {}
     chosen = with_quantization(load_variant(variant), changes | ({"policy": policy} if policy else {}))
-    recipe = chosen.quantization
-    if mode == "quantize-one" and (recipe.rounding != "nearest" or recipe.bias_correction):
+    if mode == "quantize-one" and chosen.quantization.searched:
         out.print(f"[yellow]{escape(chosen.name)}: {SEARCHED}[/]")
     samples = open_samples(chosen, data, images)
     with open_executor(workers, scheduler) as executor, stage_bars(chosen.name) as bars:

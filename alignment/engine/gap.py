@@ -30,7 +30,7 @@ from onnx import ModelProto
 from alignment.engine.candidates import HALF_NOISE, Candidate, NodeByNode, in_half, noisy
 from alignment.errors import AlignError
 from alignment.quantize.pairs import QdqGraph
-from alignment.storage import cache_dir, writing
+from alignment.storage import cache_dir, locked, writing
 
 # Raise it when the same graphs come to be measured otherwise: what was kept is then left alone.
 RECIPE = 1
@@ -209,6 +209,12 @@ class Comparison:
 
     def _measured(self, units: Collection[str]) -> Measured:
         truth, noise, floats = self.reference.values(units), self.reference.noise(units), self.reference.values(())
+        for name, value in (*truth.items(), *floats.items()):
+            if not np.isfinite(value).all():
+                raise AlignError(
+                    f"ONNX Runtime gives values that are not finite at {name}",
+                    "mend the graph first: an engine can be held to nothing there",
+                )
         start = time.perf_counter()
         found = self.candidate.outputs(self.subject.only(units), self.reference.images)
         seconds = time.perf_counter() - start
@@ -221,21 +227,25 @@ class Comparison:
         return Measured(tuple(unit for unit in self.units if unit in units), outputs, round(seconds, 3))
 
     def _kept(self) -> dict[frozenset[str], Measured]:
-        if not self.path.is_file():
-            return {}
+        """What was measured before; a file that cannot be read is as none."""
         found = {}
-        for one in json.loads(self.path.read_text(encoding="utf-8"))["measured"]:
-            outputs = {
-                name: Distances(**{kind: tuple(each) for kind, each in fields.items()})
-                for name, fields in one["outputs"].items()
-            }
-            found[frozenset(one["units"])] = Measured(tuple(one["units"]), outputs, one["seconds"])
+        try:
+            for one in json.loads(self.path.read_text(encoding="utf-8"))["measured"]:
+                outputs = {
+                    name: Distances(**{kind: tuple(each) for kind, each in fields.items()})
+                    for name, fields in one["outputs"].items()
+                }
+                found[frozenset(one["units"])] = Measured(tuple(one["units"]), outputs, one["seconds"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return {}
         return found
 
     def _keep(self) -> None:
-        fields = {"identity": self.identity, "measured": [asdict(one) for one in self.measured.values()]}
-        with writing(self.path) as temporary:
-            temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+        with locked(self.path):
+            self.measured = self._kept() | self.measured  # another search may have measured others meanwhile
+            fields = {"identity": self.identity, "measured": [asdict(one) for one in self.measured.values()]}
+            with writing(self.path) as temporary:
+                temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
 
 
 def outputs_of(model: ModelProto) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from alignment.errors import AlignError
 from alignment.export.onnx_export import check_onnx
+from alignment.quantize.graph import reads
 from alignment.storage import cache_dir, locked, writing
 
 # Raise it when the same graph comes to be converted to another one.
@@ -111,7 +112,7 @@ def split(graph: GraphProto) -> tuple[list[NodeProto], list[NodeProto]]:
     for node in reversed(graph.node):
         if node.op_type in WEIGHTED or not wanted.isdisjoint(node.output):
             before.append(node)
-            wanted.update(_reads(node))
+            wanted.update(reads(node))
         else:
             decoding.append(node)
     return (before[::-1], decoding[::-1]) if before else (decoding[::-1], [])
@@ -210,10 +211,4 @@ def _initializers(model: ModelProto, nodes: list[NodeProto]) -> list[TensorProto
 
 
 def _read(nodes: Iterable[NodeProto]) -> set[str]:
-    return {name for node in nodes for name in _reads(node)}
-
-
-def _reads(node: NodeProto) -> list[str]:
-    """What a node takes, those inside its branches and loops included."""
-    inner = [n for a in node.attribute for g in (a.g, *a.graphs) for n in g.node]
-    return [*node.input, *(name for n in inner for name in _reads(n))]
+    return {name for node in nodes for name in reads(node)}

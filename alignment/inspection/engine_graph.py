@@ -101,7 +101,7 @@ class EngineGraph:
         behind = _turned(found)
         for place, one in enumerate(self.layers):
             if not one.moves:
-                sinks = {sink for tensor in one.outputs for sink in self._sinks(tensor.name)} - {place}
+                sinks = {sink for tensor in one.outputs for sink in self._sinks(tensor.name) if sink > place}
                 for sink in sinks.difference(self._past_copies(place, behind)) if sinks else ():
                     found[sink].add(place)
         return [sorted(places) for places in found]

@@ -195,3 +195,9 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
     """An attribute of a node, strings decoded."""
     found = next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
     return found.decode() if isinstance(found, bytes) else found
+
+
+def reads(node: NodeProto) -> list[str]:
+    """The tensors that a node reads, those inside its branches and loops included."""
+    inner = [n for a in node.attribute for g in (a.g, *a.graphs) for n in g.node]
+    return [*filter(None, node.input), *(name for n in inner for name in reads(n))]

@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from alignment.errors import AlignError
-from alignment.quantize.graph import attribute
+from alignment.quantize.graph import attribute, reads
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
@@ -183,7 +183,7 @@ def _drop_dead(model: ModelProto) -> None:
     graph = model.graph
     outputs = {value.name for value in graph.output}
     while True:
-        read = outputs.union(name for node in graph.node for name in node.input)
+        read = outputs.union(name for node in graph.node for name in reads(node))
         dead = [n for n in graph.node if n.op_type in (QUANTIZE, DEQUANTIZE) and read.isdisjoint(n.output)]
         if not dead:
             break

@@ -13,6 +13,7 @@ from pathlib import Path
 import onnxruntime
 from onnx import ModelProto
 
+from alignment import __version__
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
 from alignment.export.onnx_export import exported, file_digest
@@ -23,6 +24,9 @@ from alignment.runners.base import cpu_threads
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.storage import cache_dir, locked, writing
 from alignment.variant import Variant
+
+#: Raise it when decoding, NMS or what is measured comes to mean something else: kept scores are then left alone.
+MEANING = 1
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,13 @@ class Scorer:
         """The score of a graph from the cache; what it detects is asked for only where that is not known yet."""
         path = cache_dir() / "scores" / f"{self.variant.name}-{self._key(content)}.json"
         with locked(path):
-            if not path.is_file():
+            try:
+                return Score(**json.loads(path.read_text(encoding="utf-8")))
+            except (FileNotFoundError, ValueError, TypeError):  # a file that cannot be read is as none
                 score = self.judge(detect())
-                with writing(path) as file:
-                    file.write_text(json.dumps(asdict(score)) + "\n", encoding="utf-8")
-            return Score(**json.loads(path.read_text(encoding="utf-8")))
+            with writing(path) as file:
+                file.write_text(json.dumps(asdict(score)) + "\n", encoding="utf-8")
+            return score
 
     def _key(self, content: bytes) -> str:
         parts = [*self._identity, hashlib.sha256(content).hexdigest()]
@@ -118,4 +124,5 @@ class Scorer:
         """All that a score depends on beside the graph."""
         dataset = self.samples.dataset
         images = [dataset.content_fingerprint, dataset.fingerprint, len(self.samples)]
-        return [self.variant.fingerprint(), file_digest(self.source), *images, onnxruntime.__version__, cpu_threads()]
+        versions = [MEANING, __version__, onnxruntime.__version__, cpu_threads()]
+        return [self.variant.fingerprint(), file_digest(self.source), *images, *versions]

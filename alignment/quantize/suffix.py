@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+
+from alignment.quantize.graph import reads
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Unchanged:
             if needed.isdisjoint(node.output):
                 continue
             kept.append(node)
-            for name in _reads(node):
+            for name in reads(node):
                 if name in touched or name not in varying:
                     needed.add(name)
                 else:
@@ -72,8 +74,8 @@ class Unchanged:
         other = {value.name for value in changed.graph.initializer if self._values.get(value.name) != value}
         found: set[str] = set()
         for node in changed.graph.node:
-            reads = set(_reads(node))
-            if self._nodes.get(node.name) != node or not other.isdisjoint(reads) or not found.isdisjoint(reads):
+            read = set(reads(node))
+            if self._nodes.get(node.name) != node or not other.isdisjoint(read) or not found.isdisjoint(read):
                 found.update(node.output)
         return found
 
@@ -85,17 +87,9 @@ def _varying(model: ModelProto) -> set[str]:
     """Tensors that depend on an input of the graph."""
     found = {value.name for value in model.graph.input} - {value.name for value in model.graph.initializer}
     for node in model.graph.node:
-        if not found.isdisjoint(_reads(node)):
+        if not found.isdisjoint(reads(node)):
             found.update(node.output)
     return found
-
-
-def _reads(node: NodeProto) -> Iterator[str]:
-    """The tensors that a node reads, inside its branches and loops too."""
-    yield from filter(None, node.input)
-    for attribute in node.attribute:
-        for inner in attribute.g.node:
-            yield from _reads(inner)
 
 
 __all__ = ["Suffix", "Unchanged"]

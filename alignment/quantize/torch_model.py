@@ -17,16 +17,20 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from pytorch_quantization.nn import TensorQuantizer
-from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from alignment.errors import AlignError
+from alignment.errors import QUANTIZATION_MEND, AlignError
 from alignment.quantize.placement import Placement
 from alignment.variant import Variant
+
+try:
+    from pytorch_quantization.nn import TensorQuantizer
+    from pytorch_quantization.tensor_quant import QuantDescriptor
+except ImportError as error:
+    raise AlignError(f"pytorch-quantization cannot be imported: {error}", QUANTIZATION_MEND) from None
 
 if TYPE_CHECKING:
     from alignment.models.detector import Detector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Trained:
                         parts[part][name] = stored[key]
         except OSError as error:
             raise AlignError(f"{path}: {error.strerror or error}", f"give the path of a .qat.npz, or {_MEND}") from None
-        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise AlignError(f"{path}: not a file of align qat: {error}", _MEND) from None
         if identity != identity_of(variant):
             raise AlignError(f"{path}: trained for another network than {variant.name}", _MEND)

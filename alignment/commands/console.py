@@ -26,7 +26,7 @@ from rich.table import Table
 from alignment.errors import AlignError
 from alignment.results import Alignment
 from alignment.storage import require_folder
-from alignment.variant import Variant, resized
+from alignment.variant import PLAIN, Variant, resized
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -41,6 +41,13 @@ Images = Annotated[int | None, typer.Option(min=1, help="only the first so many 
 Size = Annotated[
     str | None,
     typer.Option(metavar="HxW", help="another input size, such as 416 or 384x640; default: the variant's own"),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="where quantizers go, in place of the variant's own: tensorrt, conv-only or full"),
+]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="nothing that the recipe keeps in float, no weights or biases searched for")
 ]
 Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
 
@@ -66,6 +73,11 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(130) from None
 
     return run
+
+
+def recipe_changes(plain: bool, policy: str | None) -> dict[str, Any]:
+    """What ``--plain`` and ``--policy`` change in a variant's recipe."""
+    return {**(PLAIN if plain else {}), **({"policy": policy} if policy else {})}
 
 
 def sized(variant: Variant, size: str | None) -> Variant:

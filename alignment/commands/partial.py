@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from alignment.commands.console import Data, Images, VariantName, out, print_table, require_folders, stage_bars
+from alignment.commands.console import (
+    Data,
+    Images,
+    Plain,
+    Policy,
+    VariantName,
+    out,
+    print_table,
+    recipe_changes,
+    require_folders,
+    stage_bars,
+)
 from alignment.errors import AlignError
-from alignment.variant import PLAIN, load_variant, with_quantization
+from alignment.variant import load_variant, with_quantization
 
 if TYPE_CHECKING:
     from alignment.quantize.candidates import Candidates
@@ -42,12 +53,8 @@ def partial(
     metric: Annotated[str, typer.Option(help="of the ranking, by which nodes are tried")] = "agreement",
     tries: Annotated[int, typer.Option(min=1, help="try so many of the best-ranked nodes at each step")] = 8,
     swaps: Annotated[int, typer.Option(min=0, help="with --layers: exchange nodes of the set so often at most")] = 3,
-    policy: Annotated[
-        str | None, typer.Option(help="where quantizers go, in place of the variant's own: tensorrt, conv-only, full")
-    ] = None,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="nothing that the recipe keeps in float, no weights or biases searched for")
-    ] = False,
+    policy: Policy = None,
+    plain: Plain = False,
     images: Images = None,
     data: Data = None,
 ) -> None:
@@ -70,7 +77,7 @@ def partial(
     require_metric(metric)
     if goal.kind == "latency":
         Capabilities.current()
-    changes: dict[str, Any] = {**(PLAIN if plain else {}), **({"policy": policy} if policy else {})}
+    changes = recipe_changes(plain, policy)
     chosen = with_quantization(load_variant(variant), changes)
     given = None if ranking is None else Sensitivity.load(ranking)
     candidates, scorer = Candidates(chosen, data), Scorer(chosen, data, images)

@@ -10,7 +10,17 @@ import typer
 import yaml
 from rich.table import Column, Table
 
-from alignment.commands.console import Data, VariantName, out, print_table, require_folders, stage_bars
+from alignment.commands.console import (
+    Data,
+    Plain,
+    Policy,
+    VariantName,
+    out,
+    print_table,
+    recipe_changes,
+    require_folders,
+    stage_bars,
+)
 from alignment.errors import AlignError
 from alignment.storage import data_dir, writing
 from alignment.variant import MMYoloSource, Variant, golden_dir, load_variant, with_quantization
@@ -32,6 +42,8 @@ def qat(
     keep_float: Annotated[
         list[str] | None, typer.Option(help="ONNX node, with wildcards, that stays float; repeatable")
     ] = None,
+    policy: Policy = None,
+    plain: Plain = False,
     epochs: Annotated[int, typer.Option(min=1, help="at most; the best of them is kept")] = 6,
     lr: Annotated[float, typer.Option(min=0, max=1e6, help="learning rate of weights, in quantization steps")] = 0.01,
     learn_scales: Annotated[
@@ -56,15 +68,17 @@ def qat(
 ) -> None:
     """Train a quantized variant for a few epochs, by mmyolo's losses or by what the float model says.
 
-    It begins with what `align quantize` finds by the variant's recipe.  An epoch counts by agreement with FP32 on
-    training images that were held out.  Interrupted, it goes on next time.  The result is a variant of its own: `align
-    run DIR/NAME_qat.yaml --precision int8` takes it by every route.  Exit status 1: no epoch was better than the start,
-    or training diverged; the best weights are written all the same.
+    It begins with what `align quantize` finds by the variant's recipe, with the --policy and --plain that `align
+    partial` was given. An epoch counts by agreement with FP32 on training images that were held out. Interrupted,
+    it goes on next time. The result is a variant of its own: `align run DIR/NAME_qat.yaml --precision int8` takes
+    it by every route. Exit status 1: no epoch was better than the start, or training diverged; the best weights are
+    written all the same.
     """
     require_folders({"--out": out_dir})
-    chosen = _kept_float(load_variant(variant), start, keep_float)
-    if chosen.quantization.trained is not None:
-        raise AlignError(f"{chosen.name}: trained already", "begin with the variant that it was made of")
+    found = load_variant(variant)
+    if found.quantization.trained is not None:
+        raise AlignError(f"{found.name}: trained already", "begin with the variant that it was made of")
+    chosen = _kept_float(with_quantization(found, recipe_changes(plain, policy)), start, keep_float)
     if not chosen.has_torch:
         raise AlignError(f"{chosen.name}: a bare ONNX file has no torch model to train", "give an mmyolo variant")
     from alignment.models.mmyolo_source import require_mmyolo

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from alignment.commands.console import Data, Images, VariantName, out, print_table, require_folders, stage_bars
+from alignment.commands.console import (
+    Data,
+    Images,
+    Plain,
+    Policy,
+    VariantName,
+    out,
+    print_table,
+    recipe_changes,
+    require_folders,
+    stage_bars,
+)
 from alignment.errors import AlignError
 from alignment.quantize.sensitivity import METRICS, MODES, PARTS, Sensitivity, require_metric
-from alignment.variant import PLAIN, load_variant, with_quantization
+from alignment.variant import load_variant, with_quantization
 
 #: Of a recipe that is not plain.
 SEARCHED = (
@@ -30,12 +41,8 @@ def sensitivity(
     ] = "quantize-one",
     part: Annotated[str, typer.Option(help="what reads int8: both, weights or activations")] = "both",
     units: Annotated[str, typer.Option(help="layers with learnt weights, or all nodes that read int8")] = "weights",
-    policy: Annotated[
-        str | None, typer.Option(help="where quantizers go, in place of the variant's own: tensorrt, conv-only, full")
-    ] = None,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="nothing that the recipe keeps in float, no weights or biases searched for")
-    ] = False,
+    policy: Policy = None,
+    plain: Plain = False,
     images: Images = None,
     workers: Annotated[int, typer.Option(min=1, help="processes, one layer each")] = 1,
     scheduler: Annotated[
@@ -60,8 +67,7 @@ def sensitivity(
     ):
         _require(option, value, choices)
     require_folders({"--out": out_file and out_file.parent, "--plot": plot and plot.parent})
-    changes: dict[str, Any] = dict(PLAIN) if plain else {}
-    chosen = with_quantization(load_variant(variant), changes | ({"policy": policy} if policy else {}))
+    chosen = with_quantization(load_variant(variant), recipe_changes(plain, policy))
     if mode == "quantize-one" and chosen.quantization.searched:
         out.print(f"[yellow]{escape(chosen.name)}: {SEARCHED}[/]")
     samples = open_samples(chosen, data, images)

@@ -34,6 +34,7 @@ from alignment.variant import Variant, load_variant, with_quantization
 torch = pytest.importorskip("torch")
 pytest.importorskip("mmyolo")
 pytest.importorskip("pytorch_quantization")
+amax_with = pytest.importorskip("alignment.quantize.torch_model").amax_with
 pytestmark = pytest.mark.qat
 
 NAMES = ("yolov5", "yolov6", "yolov7", "yolov8", "yolox", "ppyoloe", "rtmdet", "rtmdet_r")
@@ -135,6 +136,8 @@ def test_weights_end_on_whole_steps_and_every_route_has_the_trained_scales(hard)
         assert np.abs(levels - np.rint(levels)).max() < 1e-3
         assert np.abs(levels).max() < 127.5
     assert any(trained.scales[name] != scale for name, scale in hard.start.scales.items())
+    learnt = np.array(list(trained.scales.values()))
+    assert np.array_equal(amax_with(learnt) / np.float32(127), learnt)  # a torch quantizer can have them
     assert_routes_agree(hard.trained)
     groups: dict[str, set[float]] = {}
     for quantizer in hard.trained.placement.activations:
@@ -270,14 +273,20 @@ def test_every_family_has_losses_whose_gradients_reach_every_weight(qat, quantiz
 
 
 class TestLearnedScales:
-    @given(st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=40), st.floats(2**-6, 4, width=32))
-    def test_values_and_gradients_are_the_papers(self, qat, values, scale):
+    @given(
+        st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=40),
+        st.floats(2, 500, width=32),
+        st.floats(0.25, 4, width=32),
+    )
+    def test_values_and_gradients_are_the_papers(self, qat, values, amax, ratio):
         """The estimator written with autograd: round(x) = x + detach(round(x) - x)."""
-        given_values, step = torch.tensor([values]), torch.tensor(scale)
-        ours = qat.lsq.LearnedScale(step, torch.nn.Parameter(torch.ones(())))
+        given_values, largest = torch.tensor([values]), torch.tensor(amax)
+        ours = qat.lsq.LearnedScale(largest, torch.nn.Parameter(torch.tensor(ratio)))
+        step = ours.scale.detach()
+        scale = np.float32(step.numpy())
         read = given_values.clone().requires_grad_()
         out = ours(read)
-        assert torch.equal(out, qat.detector.quantizer_of(np.float32(scale))(given_values))
+        assert torch.equal(out, qat.detector.quantizer_of(scale)(given_values))
         weights = torch.linspace(-1, 2, len(values))
         (out * weights).sum().backward()
         x, s = given_values.double().requires_grad_(), step.double().requires_grad_()
@@ -288,11 +297,11 @@ class TestLearnedScales:
         if not bool((near | edge).any()):
             torch.testing.assert_close(read.grad.double(), x.grad, rtol=1e-5, atol=1e-5)
             gain = (len(values) * 127) ** -0.5
-            torch.testing.assert_close(ours.ratio.grad.double(), s.grad * scale * gain, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(ours.ratio.grad.double(), s.grad * (amax / 127) * gain, rtol=1e-3, atol=1e-3)
 
     def test_a_ratio_stays_positive(self, qat):
-        module = qat.lsq.LearnedScale(torch.tensor(0.5), torch.nn.Parameter(torch.tensor(-3.0)))
-        assert float(module.scale.detach()) == 0.5 / 16
+        module = qat.lsq.LearnedScale(torch.tensor(127.0), torch.nn.Parameter(torch.tensor(-3.0)))
+        assert float(module.scale.detach()) == 1 / 16
 
 
 class TestDistillation:

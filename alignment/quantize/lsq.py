@@ -3,7 +3,9 @@
 The gradient of a quantized value with regard to its scale s, by the straight-through estimator, is round(x / s) − x / s
 inside the range and the outermost level beyond it (the paper's equation 3).  It is multiplied by 1 / sqrt(n · Q), n
 being the number of elements of an image and Q the largest level (its section 2.2), so that scales learn at the pace of
-weights.  What is learnt is the ratio to the scale of the calibration: one learning rate then suits all of them.
+weights.  What is learnt is the ratio to the range of the calibration: one learning rate then suits all of them.  The
+scale is that range by 127, as everywhere: not every float32 is such a quotient, and no quantizer of torch could have
+the others.
 """
 
 from __future__ import annotations
@@ -25,21 +27,21 @@ class LearnedScale(nn.Module):
     """In an activation quantizer's place: fake quantization, of the same bits, whose scale has a gradient.
 
     Args:
-        scale: of the calibration, float32.
+        amax: range of the calibration, float32.
         ratio: to it, a scalar; the tensors of one group share the parameter.
     """
 
     initial: Tensor
 
-    def __init__(self, scale: Tensor, ratio: nn.Parameter) -> None:
+    def __init__(self, amax: Tensor, ratio: nn.Parameter) -> None:
         super().__init__()
-        self.register_buffer("initial", scale.detach().clone())
+        self.register_buffer("initial", amax.detach().clone())
         self.ratio = ratio
 
     @property
     def scale(self) -> Tensor:
         """Scalar, float32."""
-        return self.initial * self.ratio.clamp(min=LEAST_RATIO)
+        return self.initial * self.ratio.clamp(min=LEAST_RATIO) / LARGEST
 
     def forward(self, values: Tensor) -> Tensor:
         """`values` at the nearest levels."""
@@ -70,5 +72,5 @@ def learn_scales(owner: QuantizedDetector, placement: Placement) -> list[nn.Para
     for place, quantizer in enumerate(placement.activations):
         ratio = ratios.setdefault(quantizer.group, nn.Parameter(torch.ones(())))
         amax: Any = owner.activations[place].amax
-        owner.activations[place] = LearnedScale(amax / LARGEST, ratio)
+        owner.activations[place] = LearnedScale(amax, ratio)
     return list(ratios.values())

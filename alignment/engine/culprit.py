@@ -110,7 +110,7 @@ def _culprit(comparison: Comparison, unit: str, core: tuple[str, ...], modules: 
     node = next(node for node in graph.model.graph.node if node.name == unit)
     worst = max(gaps, key=gaps.__getitem__)
     pairs = [pair for pair in graph.pairs if pair.node == unit]
-    scales = {pair.tensor: float(np.max(graph.values(pair.scale))) for pair in pairs if not pair.stored}
+    scales = {pair.tensor: float(np.amax(graph.values(pair.scale))) for pair in pairs if not pair.stored}
     steps = [graph.values(pair.scale) for pair in pairs if pair.stored]
     spread = (float(min(map(np.amin, steps))), float(max(map(np.amax, steps)))) if steps else None
     tensors = _tensors(comparison, unit, core)

@@ -26,7 +26,7 @@ from alignment.case import Case, reference_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
 from alignment.engine.inspect import reformats
-from alignment.models.outputs import detections_of, to_outputs
+from alignment.models import outputs
 from alignment.nms.multiclass import Detections
 from alignment.quantize.recipe import quantize
 from alignment.runners.base import Runner
@@ -68,11 +68,7 @@ def build_of(variant: Variant, row: str, level: int, batch: int = 1) -> TensorRT
 
 def detect(variant: Variant, runner: Runner) -> dict[int, Detections]:
     """Detections of all images."""
-    found = {}
-    for sample in open_samples(variant):
-        outputs = to_outputs(runner.run(sample.tensor[None].copy()), variant, 1)
-        found[sample.entry.id] = detections_of(outputs, sample.transform, variant)
-    return found
+    return outputs.detect(open_samples(variant), runner.run)
 
 
 def written(out: Path, variant: str, row: str, kind: str, fields: dict[str, Any]) -> None:

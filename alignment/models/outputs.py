@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +14,9 @@ from alignment.models.onnx_end2end import kept_by_graph
 from alignment.models.onnx_heads import decode, shapes_of
 from alignment.nms.multiclass import Detections, postprocess
 from alignment.variant import OnnxSource, Variant
+
+if TYPE_CHECKING:
+    from alignment.data.samples import Samples
 
 #: Why there is nothing raw or decoded to compare.
 ENDS_IN_NMS = "the model ends in NMS: what it gives are detections"
@@ -82,3 +87,17 @@ def detections_of(outputs: Outputs, transform: Transform, variant: Variant) -> D
         return postprocess(outputs.boxes[0], outputs.scores[0], transform, variant.nms)
     (kept,) = outputs.kept
     return replace(kept, boxes=transform.clip(transform.to_original(kept.boxes)))
+
+
+def detect(samples: Samples, run: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[int, Detections]:
+    """Image id → detections in pixels of the original image.
+
+    Args:
+        samples: the images.
+        run: a network: ``[1, 3, H, W] float32``, a copy that it may write into, → its outputs by name.
+    """
+    found = {}
+    for sample in samples:
+        outputs = to_outputs(run(sample.tensor[None].copy()), samples.variant, 1)
+        found[sample.entry.id] = detections_of(outputs, sample.transform, samples.variant)
+    return found

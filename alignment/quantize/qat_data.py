@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from alignment.compare.coco_map import agreement_ap
 from alignment.data.coco import CocoDataset
 from alignment.data.samples import CALIBRATION_SPLIT, Samples, dataset_root, images_mend
 from alignment.errors import AlignError
-from alignment.models.outputs import detections_of, to_outputs
+from alignment.models.outputs import detect
 from alignment.models.train_embedded import Schedule, train_config, training_root
 from alignment.nms.multiclass import Detections
 from alignment.variant import Variant
@@ -77,11 +78,11 @@ class Judge:
         return agreement_ap(self.samples.dataset, self.reference, self._detect(detector))
 
     def _detect(self, detector: Detector | QuantizedDetector) -> dict[int, Detections]:
-        variant, found = self.samples.variant, {}
         device = next(detector.parameters()).device
-        for sample in self.samples:
+
+        def run(batch: np.ndarray) -> dict[str, np.ndarray]:
             with torch.no_grad():
-                values = detector(torch.from_numpy(sample.tensor[None]).to(device))
-            named = {name: v.cpu().numpy() for name, v in zip(detector.output_names, values, strict=True)}
-            found[sample.entry.id] = detections_of(to_outputs(named, variant, 1), sample.transform, variant)
-        return found
+                values = detector(torch.from_numpy(batch).to(device))
+            return {name: v.cpu().numpy() for name, v in zip(detector.output_names, values, strict=True)}
+
+        return detect(self.samples, run)

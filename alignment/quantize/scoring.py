@@ -18,7 +18,7 @@ from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
 from alignment.export.onnx_export import exported, file_digest
 from alignment.export.plugin_nms import refuse_plugin
-from alignment.models.outputs import detections_of, to_outputs
+from alignment.models.outputs import detect
 from alignment.nms.multiclass import Detections
 from alignment.runners.base import cpu_threads
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
@@ -89,13 +89,9 @@ class Scorer:
     def detect(self, path: Path) -> dict[int, Detections]:
         """What a graph detects, by image id."""
         self.runs += 1
-        found = {}
         # Fused int8 kernels saturate on CPUs without VNNI; node by node the graph is what it says.
         with OnnxRuntimeRunner(path, optimize=False) as runner:
-            for sample in self.samples:
-                outputs = to_outputs(runner.run(sample.tensor[None].copy()), self.variant, 1)
-                found[sample.entry.id] = detections_of(outputs, sample.transform, self.variant)
-        return found
+            return detect(self.samples, runner.run)
 
     def _detect(self, content: bytes) -> dict[int, Detections]:
         with tempfile.TemporaryDirectory(prefix="align-score-") as folder:

@@ -148,6 +148,16 @@ ENR_COLD inline double exact_iou(const Box& a, const Box& b) {
     return iou_of_areas(common_area<double>(a, b), double(a.w) * double(a.h), double(b.w) * double(b.h));
 }
 
+// Where float32 alone is good enough, and so the error bound of `rotated_iou`.
+constexpr float kGoodEnough = 2e-5f;
+
+// IoU of any two boxes: in float32 where its bound is small, else, as of very long thin boxes, by float64.
+ENR_HD inline float rotated_iou(const Box& a, const Box& b) {
+    if (overlaps_nothing(a) || overlaps_nothing(b)) return 0;
+    const Approximate near = approximate_iou(a, b);
+    return near.bound <= kGoodEnough && near.iou <= 1 ? near.iou : float(exact_iou(a, b));
+}
+
 // Whether the float32 nearest to the IoU exceeds the threshold.  Of boxes that overlap something.
 ENR_HD inline bool suppresses(const Box& a, const Box& b, float threshold) {
     const Approximate near = approximate_iou(a, b);

@@ -34,6 +34,8 @@ MARKERS = {
     "qat": "training with fake quantization betters int8, resumes to the bit, and ends in the graph that was trained",
     "nms": "post-processing: what each implementation keeps, and why they differ",
     "culprit": "engines taken apart, and the search for the Q/DQ pairs that make one worse than ONNX Runtime",
+    "rotated": "rotated boxes: data, decoding, comparison, NMS and AP",
+    "plugin": "NMS plugins of TensorRT: their oracle, the files that end in one, and the kernels themselves",
     "topk": "which candidates a TopK lets through, and what its limit costs",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
     "real_data": "needs the real checkpoints and images below ALIGN_DATA",

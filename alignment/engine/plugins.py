@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from alignment.engine.capabilities import Capabilities
 from alignment.errors import AlignError
 from alignment.storage import cache_dir, locked, writing
 
@@ -117,10 +118,7 @@ def load_plugin(path: Path | None = None) -> ctypes.CDLL:
 
 @cache
 def _loaded(path: Path) -> ctypes.CDLL:
-    try:
-        import tensorrt  # noqa: F401
-    except (ImportError, OSError) as error:
-        raise AlignError(f"TensorRT cannot be imported ({error})", "see `align doctor`") from None
+    Capabilities.current()  # which imports it
     try:
         # Python loads TensorRT for itself alone; the plugin has to see its symbols too.
         for library in _mapped("libnvinfer.so"):
@@ -141,16 +139,15 @@ def _built(name: str, sources: tuple[str, ...], flags: list[str], against: str) 
     """The library `name`, from the cache or compiled into it."""
     folder, nvcc = source_dir(), find_nvcc()
     options = ["-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", *_code()]
-    digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.suffix in _SOURCE_SUFFIXES):
-        digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
-    digest.update(repr((name, options, against, _output([str(nvcc), "--version"]))).encode())
-    path = cache_dir() / "plugins" / digest.hexdigest()[:16] / name
+    files = sorted(p for p in folder.rglob("*") if p.suffix in _SOURCE_SUFFIXES)
+    parts = [f"{file.relative_to(folder)}\0".encode() + file.read_bytes() for file in files]
+    parts.append(repr((name, options, against, _output([str(nvcc), "--version"]))).encode())
+    path = cache_dir() / "plugins" / hashlib.sha256(b"".join(parts)).hexdigest()[:16] / name
     with locked(path):
         if not path.exists():
             with writing(path) as temporary:
-                files = [str(folder / source) for source in sources]
-                _output([str(nvcc), *options, *flags, *files, "-o", str(temporary)])
+                inputs = [str(folder / source) for source in sources]
+                _output([str(nvcc), *options, *flags, *inputs, "-o", str(temporary)])
     return path
 
 

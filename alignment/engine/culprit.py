@@ -117,7 +117,8 @@ def _culprit(comparison: Comparison, unit: str, core: tuple[str, ...], modules: 
     spread = (float(min(map(np.amin, steps))), float(max(map(np.amax, steps)))) if steps else None
     failure = comparison.measure(core).failure
     tensors = () if failure else _tensors(comparison, unit, core)
-    return Culprit(unit, node.op_type, modules.get(unit, ""), core, gaps[worst], failure, worst, scales, spread, tensors)
+    module = modules.get(unit, "")
+    return Culprit(unit, node.op_type, module, core, gaps[worst], failure, worst, scales, spread, tensors)
 
 
 def _tensors(comparison: Comparison, unit: str, core: tuple[str, ...]) -> tuple[TensorError, ...]:

@@ -18,5 +18,9 @@ class AlignError(Exception):
         super().__init__(f"{self.what}: {mend}" if mend else self.what)
 
 
+class BuildError(AlignError):
+    """A graph that TensorRT parses and makes no engine of."""
+
+
 #: What brings fake quantization in torch.
 QUANTIZATION_MEND = "pip install absl-py prettytable scipy; pip install --no-deps pytorch-quantization==2.1.3"

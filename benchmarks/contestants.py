@@ -67,13 +67,13 @@ def bare(job: dict[str, Any]) -> Callable[[], None]:
 
 def ours(job: dict[str, Any]) -> Callable[[], None]:
     """`calibrate`, and the range of every tensor; the QDQ graph is written where there is a place for it."""
-    from alignment.data.samples import Sample, Samples
+    from alignment.data.samples import CALIBRATION_SPLIT, Sample, Samples, open_samples
     from alignment.quantize.calibrate import calibrate
-    from alignment.quantize.recipe import SPLIT, apply, open_samples
+    from alignment.quantize.recipe import apply
     from alignment.variant import load_variant
 
     model, variant = Path(job["model"]), load_variant(job["variant"])
-    samples = open_samples(variant, limit=job["count"], split=SPLIT)
+    samples = open_samples(variant, limit=job["count"], split=CALIBRATION_SPLIT)
     paths = Images(job["images"], job["count"], job["input"]).paths
     files = {entry.id: path for entry, path in zip(samples.dataset.images, paths, strict=True)}
 

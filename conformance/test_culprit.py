@@ -21,7 +21,7 @@ from alignment.engine.capabilities import missing
 from alignment.engine.culprit import find
 from alignment.engine.delta import cut, search
 from alignment.engine.gap import THRESHOLD, Comparison, Reference
-from alignment.errors import AlignError
+from alignment.errors import AlignError, BuildError
 from alignment.quantize.pairs import QdqGraph
 from alignment.quantize.recipe import quantize
 from alignment.variant import load_variant
@@ -251,6 +251,63 @@ def test_values_that_are_not_finite():
     assert Comparison(graph, reference(SMALL), Broken(seed=5)).gap(found.units) == math.inf  # as it was kept
 
 
+class Unbuildable(Simulated):
+    """No engine comes where all of these nodes read int8."""
+
+    nodes: frozenset[str] = frozenset()
+
+    def outputs(self, model: ModelProto, images: np.ndarray, marked: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        if self.nodes <= set(QdqGraph(model).int8_nodes):
+            raise BuildError("yolo.onnx: TensorRT 8.6.1 cannot build it: outScales", "look that node up")
+        return super().outputs(model, images, marked)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_no_engine_at_all(together, monkeypatch):
+    graph = reference(SMALL).graph
+    nodes = graph.int8_nodes[15:27:11][:together]
+    monkeypatch.setattr(Unbuildable, "nodes", frozenset(nodes))
+    comparison = Comparison(graph, reference(SMALL), Unbuildable(seed=6 + together))
+    verdict = find(comparison)
+    assert verdict.gap == math.inf
+    assert verdict.mended < THRESHOLD
+    assert verdict.found.closed
+    assert verdict.found.needed
+    (culprit,) = verdict.culprits
+    assert set(culprit.core) == set(nodes)
+    assert culprit.failure == "yolo.onnx: TensorRT 8.6.1 cannot build it: outScales: look that node up"
+    assert Comparison(graph, reference(SMALL), Unbuildable(seed=6 + together)).measure(nodes).failure == culprit.failure
+
+
+def test_a_part_of_which_no_engine_comes_hides_no_fault(monkeypatch):
+    comparison = planted(SMALL, "scale", 3)
+    (fault,) = faults_of(comparison)
+    # Alone, a neighbour is not to be built; with all the others it is.
+    neighbour = next(unit for unit in comparison.units if unit != fault)
+
+    class Alone(Simulated):
+        def outputs(self, model, images, marked=()):
+            units = QdqGraph(model).int8_nodes
+            if neighbour in units and len(units) < 4:
+                raise BuildError("no engine")
+            return super().outputs(model, images, marked)
+
+    candidate = Alone(comparison.candidate.faults, seed=comparison.candidate.seed)
+    verdict = find(Comparison(comparison.subject, comparison.reference, candidate), BLOCKS)
+    assert verdict.found.removal == (fault,)
+    assert verdict.found.closed
+
+
+def test_no_engine_without_any_int8():
+    class Never(Simulated):
+        def outputs(self, model, images, marked=()):
+            raise BuildError("no engine", "look it up")
+
+    comparison = Comparison(reference(SMALL).graph, reference(SMALL), Never(seed=9))
+    with pytest.raises(BuildError, match="no engine: look it up"):
+        comparison.gap(comparison.units)
+
+
 def test_graphs_that_do_not_fit():
     graph = reference(SMALL).graph
     less = QdqGraph(graph.without(graph.int8_nodes[:1]))
@@ -284,7 +341,7 @@ def test_a_bad_file_and_the_clean_one(bad_file, tmp_path):
     assert [culprit["node"] for culprit in report["verdict"]["culprits"]] == [node]
     assert report["verdict"]["found"]["removal"] == [node]
     assert report["deployed"] is None
-    assert [pattern["pattern"] for pattern in report["patterns"]] == ["ConvTranspose in int8"]
+    assert [pattern["pattern"] for pattern in report["patterns"]] == ["one tensor, two scales", "ConvTranspose in int8"]
     assert len(report["measured"]) == report["verdict"]["found"]["questions"] + 2  # nothing in int8, and all
     # With the same file on both sides there is no gap: the backend does what the file says.
     result = align("culprit", SMALL, "--qdq", bad, "--backend", "simulated", "--images", 2)

@@ -64,6 +64,11 @@ def unlike_inputs() -> onnx.ModelProto:
     return with_constant(model, "a_scale", 0.2)
 
 
+def two_readers() -> onnx.ModelProto:
+    graph = QdqGraph(quantized(tiny("a = Relu (x); h = Conv (a, w); c = Conv (a, w1)")))
+    return graph.with_scales("c", lambda scale: scale * 4)
+
+
 def transposed() -> onnx.ModelProto:
     return quantized(tiny("c = ConvTranspose (x, w)"))
 
@@ -99,6 +104,7 @@ CASES = [
     Case("pair inside a fusion", before_a_product, "between it and h"),
     Case("pair inside a fusion", before_an_add, "between it and h"),
     Case("Concat of unlike scales", unlike_inputs, "from 0.05 to 0.2"),
+    Case("one tensor, two scales", two_readers, "reads a with scale 0.2, h with 0.05"),
     Case("ConvTranspose in int8", transposed, "reads int8"),
     Case("depthwise in int8", depthwise, "reads int8"),
     Case("wrong axis", other_axis, "along axis 1, its output channels along 0"),

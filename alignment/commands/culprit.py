@@ -169,7 +169,9 @@ def _print(variant: Variant, comparison: Comparison, verdict: Verdict, patterns:
 
 def _lines(one: Culprit) -> Iterator[str]:
     module = f", {one.module}" if one.module else ""
-    yield f"culprit: {one.node} ({one.op}{module}): gap {one.gap:.2f} alone, at {one.output}"
+    gap = f"gap {one.gap:.2f} alone, at {one.output}"
+    shows = f"no engine comes of it alone: {one.failure}" if one.failure else gap
+    yield f"culprit: {one.node} ({one.op}{module}): {shows}"
     if len(one.core) > 1:
         yield f"  bad only together: {', '.join(one.core)}"
     for tensor, scale in one.scales.items():

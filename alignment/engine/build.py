@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from alignment.engine.capabilities import Capabilities, gpu, require
 from alignment.engine.int8 import CalibrationImages, CalibratorKind, make_calibrator, set_ranges
 from alignment.engine.log import Log, Message, listening, warnings_of
-from alignment.errors import AlignError
+from alignment.errors import AlignError, BuildError
 from alignment.export.onnx_export import file_digest
 from alignment.storage import cache_dir, locked, writing
 
@@ -190,7 +190,7 @@ def build_engine(onnx_path: Path, options: BuildOptions, log: Log, images: Calib
         if plan is None:
             unranged = [line for line in warnings_of(log.messages) if line.startswith("missing scale")]
             mend = _mend(" ".join(log.errors(last=20) + unranged), ability)
-            raise AlignError(f"{onnx_path}: TensorRT {ability.version} cannot build it: {_last(log)}", mend)
+            raise BuildError(f"{onnx_path}: TensorRT {ability.version} cannot build it: {_last(log)}", mend)
         del calibrator
         return bytes(plan)
 

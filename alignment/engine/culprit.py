@@ -41,7 +41,8 @@ class Culprit:
     Attributes:
         node, op, module: of ONNX, and of torch where it is known.
         core: the smallest bad set that it stands for, itself included.
-        gap: of that set alone.
+        gap: of that set alone; infinite where no engine comes of it.
+        failure: why none comes; empty where one does.
         output: at which that gap is.
         scales: of the activations that it reads, by tensor.
         weight_scales: smallest and largest of its weights' scales.
@@ -53,6 +54,7 @@ class Culprit:
     module: str
     core: tuple[str, ...]
     gap: float
+    failure: str
     output: str
     scales: dict[str, float]
     weight_scales: tuple[float, float] | None
@@ -113,8 +115,10 @@ def _culprit(comparison: Comparison, unit: str, core: tuple[str, ...], modules: 
     scales = {pair.tensor: float(np.amax(graph.values(pair.scale))) for pair in pairs if not pair.stored}
     steps = [graph.values(pair.scale) for pair in pairs if pair.stored]
     spread = (float(min(map(np.amin, steps))), float(max(map(np.amax, steps)))) if steps else None
-    tensors = _tensors(comparison, unit, core)
-    return Culprit(unit, node.op_type, modules.get(unit, ""), core, gaps[worst], worst, scales, spread, tensors)
+    failure = comparison.measure(core).failure
+    tensors = () if failure else _tensors(comparison, unit, core)
+    module = modules.get(unit, "")
+    return Culprit(unit, node.op_type, module, core, gaps[worst], failure, worst, scales, spread, tensors)
 
 
 def _tensors(comparison: Comparison, unit: str, core: tuple[str, ...]) -> tuple[TensorError, ...]:

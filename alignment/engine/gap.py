@@ -11,7 +11,7 @@ The gap of a set is the mean distance of the engine from ONNX Runtime, divided b
 the engine's own without any int8; and half of what int8 itself costs, the distance of ONNX Runtime's QDQ graph from
 float.  It is the median of the images', as one value that falls on the other side may move one image far; and that of
 the worst output.  A fault shows best among few units: alone, a scale that is 4 times too large gives a gap of 3 to 30,
-and of hardly more than 1 among 90, whose rounding hides it.
+and of hardly more than 1 among 90, whose rounding hides it.  A set of which no engine comes has an infinite gap.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import onnx
 from onnx import ModelProto
 
 from alignment.engine.candidates import HALF_NOISE, Candidate, NodeByNode, in_half, noisy
-from alignment.errors import AlignError
+from alignment.errors import AlignError, BuildError
 from alignment.quantize.pairs import QdqGraph
 from alignment.storage import cache_dir, locked, writing
 
@@ -78,11 +78,19 @@ class Distances:
 
 @dataclass(frozen=True)
 class Measured:
-    """One set of units: what was found at each output, and the seconds that the backend took, building included."""
+    """One set of units.
+
+    Attributes:
+        units: that read int8.
+        outputs: what was found at each; infinite distances where the backend made no engine.
+        seconds: that the backend took, building included.
+        failure: why it made none; empty where it did.
+    """
 
     units: tuple[str, ...]
     outputs: dict[str, Distances]
     seconds: float
+    failure: str = ""
 
 
 class Reference:
@@ -179,9 +187,11 @@ class Comparison:
         """By output, the backend's distance from ONNX Runtime where nothing is int8.
 
         Raises:
-            AlignError: where it is not finite: no Q/DQ pair is to blame for that.
+            AlignError: where it is not finite, or no engine comes: no Q/DQ pair is to blame for that.
         """
         if self._own is None:
+            if failure := self.measure(()).failure:
+                raise BuildError(failure)
             own = {name: found.candidate for name, found in self.measure(()).outputs.items()}
             if not np.isfinite(list(own.values())).all():
                 raise AlignError(
@@ -216,7 +226,11 @@ class Comparison:
                     "mend the graph first: an engine can be held to nothing there",
                 )
         start = time.perf_counter()
-        found = self.candidate.outputs(self.subject.only(units), self.reference.images)
+        failure = ""
+        try:
+            found = self.candidate.outputs(self.subject.only(units), self.reference.images)
+        except BuildError as error:
+            failure, found = str(error), {name: np.full_like(value, np.nan) for name, value in truth.items()}
         seconds = time.perf_counter() - start
         outputs = {
             name: Distances(
@@ -224,7 +238,7 @@ class Comparison:
             )
             for name, value in truth.items()
         }
-        return Measured(tuple(unit for unit in self.units if unit in units), outputs, round(seconds, 3))
+        return Measured(tuple(unit for unit in self.units if unit in units), outputs, round(seconds, 3), failure)
 
     def _kept(self) -> dict[frozenset[str], Measured]:
         """What was measured before; a file that cannot be read is as none."""
@@ -235,7 +249,9 @@ class Comparison:
                     name: Distances(**{kind: tuple(each) for kind, each in fields.items()})
                     for name, fields in one["outputs"].items()
                 }
-                found[frozenset(one["units"])] = Measured(tuple(one["units"]), outputs, one["seconds"])
+                found[frozenset(one["units"])] = Measured(
+                    tuple(one["units"]), outputs, one["seconds"], one.get("failure", "")
+                )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {}
         return found

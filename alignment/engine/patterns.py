@@ -113,6 +113,19 @@ def unlike_scales(scene: _Scene) -> _Seen:
             yield node, evidence, "give all its inputs one scale, that of its output: --policy tensorrt"
 
 
+def two_scales(scene: _Scene) -> _Seen:
+    """A tensor that its readers quantize with different scales: TensorRT 8.6 builds no engine of it where a pointwise
+    layer gives that tensor (``outScales.size() == 1``), and requantizes it elsewhere."""
+    first: dict[str, Pair] = {}
+    for pair in scene.qdq.pairs:
+        if pair.stored or pair.node == (other := first.setdefault(pair.tensor, pair)).node:
+            continue
+        ours, theirs = float(scene.scale(pair)), float(scene.scale(other))
+        if ours != theirs:
+            evidence = f"reads {pair.tensor} with scale {ours:.3g}, {other.node} with {theirs:.3g}"
+            yield pair.node, evidence, f"give {pair.tensor} one scale for all that read it"
+
+
 def transposed(scene: _Scene) -> _Seen:
     """A ConvTranspose in int8, for which TensorRT has few kernels; versions differ in what they make of its axis."""
     yield from _quantized(scene, lambda node: node.op_type == "ConvTranspose", "a ConvTranspose reads int8")
@@ -176,6 +189,7 @@ PATTERNS: dict[str, Callable[[_Scene], _Seen]] = {
     "bad scale": bad_scale,
     "pair inside a fusion": inside_fusion,
     "Concat of unlike scales": unlike_scales,
+    "one tensor, two scales": two_scales,
     "ConvTranspose in int8": transposed,
     "depthwise in int8": depthwise,
     "wrong axis": wrong_axis,

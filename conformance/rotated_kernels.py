@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from alignment.engine.plugins import KERNEL_SOURCES, Kernels, Params, kernels, source_dir
+from alignment.engine.plugins import Kernels, Params, build_for_cpu, kernels
 from alignment.nms.semantics import Semantics, run
-from alignment.storage import cache_dir, locked
 
 Outputs = dict[str, np.ndarray]
 NAMES = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
@@ -65,16 +63,7 @@ def same(one: Outputs, other: Outputs) -> bool:
 @cache
 def emulated() -> Kernels:
     """The kernels compiled for the CPU, by tests/cuda_on_cpu.h."""
-    folder = source_dir()
-    newest = max(p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file())
-    path = cache_dir() / "plugins" / f"emulated-{newest}.so"
-    with locked(path):
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sources = [str(folder / name) for name in KERNEL_SOURCES]
-            flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-DENR_EMULATED", "-w"]
-            subprocess.run([str(COMPILER), *flags, "-x", "c++", *sources, "-o", str(path)], check=True)
-    return kernels(path)
+    return kernels(build_for_cpu())
 
 
 def on_cpu(asked: dict[str, Any], boxes: np.ndarray, scores: np.ndarray) -> Outputs:

@@ -111,6 +111,14 @@ def test_logits(nms, dtype):
     assert same(nms(asked, boxes, logits), expected(asked, boxes, logits))
 
 
+@pytest.mark.parametrize("activation", [0, 1])
+def test_a_threshold_below_all_scores_lets_all_pass(nms, activation):
+    boxes = np.float32([[[100 * i, 0, 10, 10, 0] for i in range(4)]])
+    scores = np.float32([[[0], [-0.5], [-3e38], [-np.inf if activation else -0.9e38]]])
+    found = nms(attributes(score_threshold=-np.inf, score_activation=activation), boxes, scores)
+    assert found["num_detections"] == 4
+
+
 def test_both_ways_to_write_an_angle_give_the_same(nms):
     """``le90``, an angle in [-pi/2, pi/2) and the long side first, and ``oc``, an angle in (0, pi/2] and any side."""
     boxes, scores = scene(5, 1, 300, 2)

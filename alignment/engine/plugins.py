@@ -27,8 +27,11 @@ from alignment.storage import cache_dir, locked, writing
 NAME = "efficient_nms_rotated"
 #: GPUs that machine code is made for; newer ones take the PTX of the last.
 ARCHITECTURES = (80, 89, 90)
+#: How far the kernels' IoU can be off, at most (rotated_iou.h).
+IOU_ERROR = 2e-5
 KERNEL_SOURCES = ("efficient_nms_rotated.cu", "host.cpp")
 PLUGIN_SOURCES = (*KERNEL_SOURCES, "plugin/plugin.cpp")
+_VISIBILITY = "-Xcompiler=-fPIC,-fvisibility=hidden"
 _SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
 _HEADERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/include", "/usr/local/include")
 _DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
@@ -61,6 +64,18 @@ def find_nvcc() -> Path:
     raise AlignError("nvcc is not found", "install the CUDA toolkit and set CUDA_HOME, or pip install nvidia-cuda-nvcc")
 
 
+def find_compiler() -> Path:
+    """The C++ compiler: ``CXX``, g++ or c++.
+
+    Raises:
+        AlignError: there is none.
+    """
+    for name in filter(None, (os.environ.get("CXX"), "g++", "c++")):
+        if found := shutil.which(name):
+            return Path(found)
+    raise AlignError("no C++ compiler is found", "install g++, or set CXX")
+
+
 def find_tensorrt_headers() -> Path:
     """The folder of ``NvInfer.h``: below ``TENSORRT_ROOT``, or of the system.
 
@@ -91,8 +106,8 @@ def build_plugin() -> Path:
         AlignError: nvcc or the headers are not found, or the sources do not compile.
     """
     headers = find_tensorrt_headers()
-    flags = [f"-isystem={headers}", f"-I{source_dir()}"]
-    return _built(f"lib{NAME}.so", PLUGIN_SOURCES, flags, f"TensorRT {headers_version(headers)}")
+    command = [*_nvcc_command(), f"-isystem={headers}", f"-I{source_dir()}"]
+    return _built(f"lib{NAME}.so", command, PLUGIN_SOURCES, f"TensorRT {headers_version(headers)}")
 
 
 def build_kernels() -> Path:
@@ -101,7 +116,17 @@ def build_kernels() -> Path:
     Raises:
         AlignError: nvcc is not found, or the sources do not compile.
     """
-    return _built(f"lib{NAME}_kernels.so", KERNEL_SOURCES, [], "no TensorRT")
+    return _built(f"lib{NAME}_kernels.so", _nvcc_command(), KERNEL_SOURCES)
+
+
+def build_for_cpu() -> Path:
+    """The C API with kernels that run thread by thread on the CPU, to test them: ``..._cpu.so``, by a C++ compiler.
+
+    Raises:
+        AlignError: there is no C++ compiler, or the sources do not compile.
+    """
+    command = [str(find_compiler()), "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-DENR_EMULATED", "-xc++"]
+    return _built(f"lib{NAME}_cpu.so", command, KERNEL_SOURCES)
 
 
 def load_plugin(path: Path | None = None) -> ctypes.CDLL:
@@ -135,25 +160,25 @@ def _mapped(name: str) -> list[str]:
     return sorted(path for path in paths if Path(path).name.startswith(name))
 
 
-def _built(name: str, sources: tuple[str, ...], flags: list[str], against: str) -> Path:
-    """The library `name`, from the cache or compiled into it."""
-    folder, nvcc = source_dir(), find_nvcc()
-    options = ["-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", *_code()]
+def _built(name: str, command: list[str], sources: tuple[str, ...], against: str = "") -> Path:
+    """The library `name`, from the cache or compiled into it; `against`: what else decides what it is."""
+    folder = source_dir()
     files = sorted(p for p in folder.rglob("*") if p.suffix in _SOURCE_SUFFIXES)
     parts = [f"{file.relative_to(folder)}\0".encode() + file.read_bytes() for file in files]
-    parts.append(repr((name, options, against, _output([str(nvcc), "--version"]))).encode())
+    parts.append(repr((name, command, against, _output([command[0], "--version"]))).encode())
     path = cache_dir() / "plugins" / hashlib.sha256(b"".join(parts)).hexdigest()[:16] / name
     with locked(path):
         if not path.exists():
             with writing(path) as temporary:
-                inputs = [str(folder / source) for source in sources]
-                _output([str(nvcc), *options, *flags, *inputs, "-o", str(temporary)])
+                _output([*command, *(str(folder / source) for source in sources), "-o", str(temporary)])
     return path
 
 
-def _code() -> list[str]:
+def _nvcc_command() -> list[str]:
+    newest = ARCHITECTURES[-1]
     machine = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    return [*machine, f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"]
+    code = [*machine, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    return [str(find_nvcc()), "-std=c++17", "-O3", "-shared", "-cudart=static", _VISIBILITY, *code]
 
 
 def _output(command: list[str]) -> str:
@@ -190,7 +215,7 @@ class Ious:
     """What `Kernels.ious` finds, ``[n]`` each.
 
     Attributes:
-        iou: float32, off by at most 2e-5.
+        iou: float32, off by at most `IOU_ERROR`.
         float32: as float32 alone has it.
         bound: float32, how far that can be off.
         suppressed: bool, whether the kernels take the IoU to exceed the threshold.

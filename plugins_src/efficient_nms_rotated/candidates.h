@@ -53,10 +53,10 @@ ENR_HD inline Half from_float<Half>(float value) {
     return {uint16_t(sign | (size - 0x38000000u + 0xfff + (size >> 13 & 1)) >> 13)};
 }
 
-// In float64, rounded once: the same wherever it is computed.
+// In float64 and then rounded: the same wherever it is computed, but for one in some 10^8.
 ENR_HD inline float sigmoid(float logit) { return float(1 / (1 + exp(-double(logit)))); }
 
-// A logit at or below this has no sigmoid above `threshold`; so that few sigmoids are computed.
+// A logit below this has no sigmoid above `threshold`; so that few sigmoids are computed.
 inline float least_logit(float threshold) {
     const double below = double(threshold) - 1.2e-7 * std::fabs(double(threshold)) - 1e-45;
     if (!(below > 0)) return -INFINITY;

@@ -11,7 +11,7 @@ namespace enr {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, cudaStream_t stream, Arguments... arguments) {
     kernel<<<blocks, threads, 0, stream>>>(arguments...);
-    return cudaPeekAtLastError();
+    return cudaGetLastError();
 }
 
 // The shared memory of a block, one T.

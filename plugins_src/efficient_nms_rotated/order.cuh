@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kFilterThreads) filter(const T* scores, Proble
         for (int item = 0; item < kFilterItems; ++item) {
             const long long index = start + item * kFilterThreads + threadIdx.x;
             float score = index < problem.pairs ? as_float(scores[index]) : NAN;
-            bool passes = score > (problem.logits ? problem.least_logit : problem.score_threshold);
+            bool passes = problem.logits ? score >= problem.least_logit : score > problem.score_threshold;
             if (passes && problem.logits) {
                 score = sigmoid(score);
                 passes = score > problem.score_threshold;

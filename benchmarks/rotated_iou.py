@@ -3,8 +3,8 @@
     python -m benchmarks.rotated_iou
 
 The code is that of the GPU, compiled for the CPU.  Float64 is `alignment.nms.rotated`; how far that is from shapely on
-the first pairs of each kind is shown.  A pair whose IoU is nearer to the threshold than float32's error bound is decided
-in float64: the last columns say how many are, and how many decisions are not float64's.
+the first pairs of each kind is shown.  A pair whose IoU is nearer to the threshold than float32's error bound is
+decided in float64: the last columns say how many are, and how many decisions are not float64's.
 """
 
 from __future__ import annotations

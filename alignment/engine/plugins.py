@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,23 +45,26 @@ def source_dir() -> Path:
 
 
 def find_nvcc() -> Path:
-    """CUDA's compiler: on the PATH, below ``CUDA_HOME`` or ``CUDA_PATH``, or of the wheel nvidia-cuda-nvcc.
+    """CUDA's compiler, the first of `nvccs`.
 
     Raises:
         AlignError: there is none.
     """
+    for nvcc in nvccs():
+        return nvcc
+    raise AlignError("nvcc is not found", "install the CUDA toolkit and set CUDA_HOME, or pip install '.[plugin]'")
+
+
+def nvccs() -> Iterator[Path]:
+    """CUDA's compilers: on the PATH, below ``CUDA_HOME`` and ``CUDA_PATH``, of the wheel nvidia-cuda-nvcc."""
+    if on_path := shutil.which("nvcc"):
+        yield Path(on_path)
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    found = shutil.which("nvcc")
     # A wheel of CUDA 13 puts it into nvidia/cu13, one of CUDA 12 into nvidia/cuda_nvcc.
     spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or [] if spec else []:
-        roots += [*sorted(Path(folder).glob("cu[0-9]*"), reverse=True), Path(folder) / "cuda_nvcc"]
-    candidates = [Path(found)] if found else []
-    candidates += [root / "bin" / "nvcc" for root in roots]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise AlignError("nvcc is not found", "install the CUDA toolkit and set CUDA_HOME, or pip install nvidia-cuda-nvcc")
+    for folder in map(Path, spec.submodule_search_locations or [] if spec else []):
+        roots += [*sorted(folder.glob("cu[0-9]*"), reverse=True), folder / "cuda_nvcc"]
+    yield from (root / "bin" / "nvcc" for root in roots if (root / "bin" / "nvcc").is_file())
 
 
 def find_compiler() -> Path:
@@ -175,10 +178,13 @@ def _built(name: str, command: list[str], sources: tuple[str, ...], against: str
 
 
 def _nvcc_command() -> list[str]:
-    newest = ARCHITECTURES[-1]
+    nvcc, newest = find_nvcc(), ARCHITECTURES[-1]
     machine = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     code = [*machine, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
-    return [str(find_nvcc()), "-std=c++17", "-O3", "-shared", "-cudart=static", _VISIBILITY, *code]
+    # The compiler of a wheel looks for libraries in lib64, and has them in lib.
+    libraries = nvcc.parent.parent / "lib"
+    places = [f"-L{libraries}"] if (libraries / "libcudart_static.a").is_file() else []
+    return [str(nvcc), "-std=c++17", "-O3", "-shared", "-cudart=static", _VISIBILITY, *places, *code]
 
 
 def _output(command: list[str]) -> str:

@@ -18,7 +18,7 @@ namespace {
 
 constexpr char kName[] = "EfficientNMSRotated_TRT", kPluginVersion[] = "1";
 constexpr int kInputs = 2, kOutputs = 4;
-enum Output { kNumDetections, kBoxes, kScores, kClasses };
+enum OutputIndex { kNumDetections, kBoxes, kScores, kClasses };
 
 bool is_int32(int output) { return output == kNumDetections || output == kClasses; }
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alignment.engine import capabilities
-from alignment.errors import QUANTIZATION_MEND
+from alignment.engine import capabilities, plugins
+from alignment.errors import QUANTIZATION_MEND, AlignError
 from alignment.storage import cache_dir, data_dir
 from alignment.variant import golden_dir
 
@@ -42,7 +42,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Looks at Python, packages, TensorRT, data and golden files; runs no model."""
+    """Looks at Python, packages, TensorRT, compilers, data and golden files; runs no model."""
     yield Finding("python", "ok", sys.version.split()[0])
     for name, mend in _PACKAGES.items():
         try:
@@ -56,6 +56,7 @@ def examine() -> Iterator[Finding]:
     else:
         yield Finding("tensorrt", "missing", f"{reason}; committed records are replayed instead")
     yield _versions()
+    yield from _plugin_tools()
     data = data_dir()
     yield Finding(
         "real data",
@@ -77,6 +78,19 @@ def _versions() -> Finding:
     by_name = [version for version in listed if not any(ran.startswith(version) for ran in executed)]
     detail = f"executed: {', '.join(executed) or 'none'}; checked by API name only: {', '.join(by_name) or 'none'}"
     return Finding("tensorrt versions", "note", detail)
+
+
+def _plugin_tools() -> Iterator[Finding]:
+    """What compiles the plugin for rotated boxes."""
+    try:
+        yield Finding("nvcc", "ok", str(plugins.find_nvcc()))
+    except AlignError as error:
+        yield Finding("nvcc", "missing", f"for the plugin of rotated boxes: {error}")
+    try:
+        headers = plugins.find_tensorrt_headers()
+        yield Finding("tensorrt headers", "ok", f"{plugins.headers_version(headers)} in {headers}")
+    except AlignError as error:
+        yield Finding("tensorrt headers", "missing", f"for the plugin of rotated boxes: {error}")
 
 
 def _compiled_ops() -> Finding:

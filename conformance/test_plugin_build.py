@@ -13,18 +13,22 @@ import pytest
 from onnx import TensorProto, helper
 from rotated_kernels import COMPILER, NAMES, attributes, emulated, expected, filled, same, scene
 
+from alignment.doctor import examine
 from alignment.engine import plugins
 from alignment.engine.capabilities import Capabilities, missing
 from alignment.errors import AlignError
 
 pytestmark = [pytest.mark.nms, pytest.mark.rotated, pytest.mark.plugin]
-NVCCS = list(plugins.nvccs())
+NVCCS = list({nvcc.resolve(): nvcc for nvcc in plugins.nvccs()}.values())
 PTX = (80, 89, 90, 100, 120)
 KERNELS = {"filter": 2, "sort_tiles": 1, "rank_scores": 2, "rank_groups": 2, "settle_tiles": 2, "write_output": 2}
 without_nvcc = pytest.mark.skip(reason="no nvcc: pip install '.[plugin]'")
 
 
-@pytest.fixture(params=NVCCS or [pytest.param(None, marks=without_nvcc)], ids=str)
+@pytest.fixture(
+    params=NVCCS or [pytest.param(None, marks=without_nvcc)],
+    ids=lambda nvcc: "wheel" if "nvidia" in str(nvcc) else "system",
+)
 def nvcc(request, monkeypatch) -> Path:
     """Each of CUDA's compilers, as if it were the only one."""
     monkeypatch.setattr(plugins, "nvccs", lambda: iter([request.param]))
@@ -180,6 +184,22 @@ def test_cmake_says_what_it_misses(tmp_path, monkeypatch):
     assert done.returncode
     assert "NvInfer.h not found: give -DTENSORRT_ROOT=DIR" in " ".join(done.stderr.split())
     assert not subprocess.run([*command, "-DPLUGIN=OFF"], capture_output=True).returncode
+
+
+def test_doctor_says_what_compiles_the_plugin(monkeypatch, tmp_path):
+    def told() -> dict[str, tuple[str, str]]:
+        return {finding.what: (finding.state, finding.detail) for finding in examine()}
+
+    (tmp_path / "NvInfer.h").touch()
+    (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 8\n")
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    monkeypatch.setattr(plugins, "nvccs", lambda: iter([Path("some/nvcc")]))
+    assert told()["nvcc"] == ("ok", "some/nvcc")
+    assert told()["tensorrt headers"] == ("ok", f"8.?.? in {tmp_path}")
+    monkeypatch.setattr(plugins, "nvccs", lambda: iter([]))
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path / "nowhere"))
+    assert told()["nvcc"][0] == told()["tensorrt headers"][0] == "missing"
+    assert "CUDA_HOME" in told()["nvcc"][1]
 
 
 CLASSES, MOST = 3, 60

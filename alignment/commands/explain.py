@@ -34,7 +34,10 @@ def explain(
         list[str], typer.Argument(metavar="VARIANT | RECORD RECORD", help="a variant, or the JSON files of two records")
     ],
     backend: Annotated[
-        str, typer.Option(help="onnxruntime (ends in NonMaxSuppression) or tensorrt (EfficientNMS_TRT)")
+        str,
+        typer.Option(
+            help="onnxruntime (NonMaxSuppression) or tensorrt (EfficientNMS_TRT); rotated: EfficientNMSRotated_TRT"
+        ),
     ] = "onnxruntime",
     data: Data = None,
     images: Images = None,
@@ -92,7 +95,7 @@ def _explain_variant(
     """`asked`: settings of NMS on both sides, and of the deployed one alone; None for those that are as they were."""
     from alignment.case import reference_of
     from alignment.data.samples import open_samples
-    from alignment.divergence import HEADS, explain_variant, explanation
+    from alignment.divergence import HEADS, explain_variant, explanation, head_kind
     from alignment.export.nms_head import require_boxes
     from alignment.session import require_available
 
@@ -115,8 +118,9 @@ def _explain_variant(
             lambda n: move(n, len(samples)),
             deployed,
         )
-    sides = f"mmyolo's NMS on {reference_of(variant).backend}", f"{HEADS[backend]} on {backend}"
-    return explanation(found, f"{variant.name}-{HEADS[backend]}", sides, samples.dataset.class_names)
+    kind = head_kind(variant, backend)
+    sides = f"mmyolo's NMS on {reference_of(variant).backend}", f"{kind} on {backend}"
+    return explanation(found, f"{variant.name}-{kind}", sides, samples.dataset.class_names)
 
 
 def _explain_records(reference: Path, subject: Path, golden: Path | None) -> Explanation:

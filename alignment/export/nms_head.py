@@ -81,8 +81,8 @@ def with_nms(model: onnx.ModelProto, head: NmsHead) -> onnx.ModelProto:
 
     Outputs of plugins: ``num_dets`` ``[B, 1] int32``, ``det_boxes`` ``[B, K, 4]`` (rotated: boxes are 5 wide),
     ``det_scores`` and ``det_labels`` ``[B, K]``.  Of ``onnx_nms``: ``detections`` ``[n, 7]`` (image, x1, y1, x2, y2,
-    label, score) and ``selected`` ``[n, 3] int64`` (image, label, row).  With `NmsHead.topk` and `NmsHead.keep` also ``topk_rows``
-    ``[B, K] int64``, the rows that went on.
+    label, score) and ``selected`` ``[n, 3] int64`` (image, label, row).  With `NmsHead.topk` and `NmsHead.keep` also
+    ``topk_rows`` ``[B, K] int64``, the rows that went on.
 
     Raises:
         AlignError: for a graph without these outputs.

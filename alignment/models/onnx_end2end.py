@@ -10,7 +10,7 @@ from alignment.nms.multiclass import Detections
 from alignment.onnx_head import End2EndHead
 from alignment.variant import Variant
 
-#: One image: boxes ``[K, 4]``, rotated ones ``[K, 5]``, scores ``[K]``, labels ``[K]`` and which are no padding ``[K]``.
+#: One image: boxes ``[K, 4 or 5]``, scores ``[K]``, labels ``[K]`` and which of them are no padding ``[K]``.
 _Table = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 

@@ -143,7 +143,8 @@ def explain_variant(
             if progress:
                 progress(found.images)
     found.detections = risk.counts[0], risk.counts[1]
-    found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in risk.sides.items()}
+    if samples.dataset.truth["annotations"]:
+        found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in risk.sides.items()}
     if out is not None:
         found.crops = _crops(found, risk, samples, out)
     return found

@@ -17,6 +17,7 @@ from alignment.nms.rotated import corners, rotated_iou
 from alignment.storage import data_dir
 from alignment.variant import ZOO, load_variant
 
+pytestmark = pytest.mark.rotated
 NAME = "rtmdet_r_embedded"
 
 

@@ -16,7 +16,7 @@ from alignment.nms.rotated import corners, rotated_iou, rotated_iou_matrix
 from alignment.nms.semantics import Fate, Fates, run
 from alignment.variant import Nms
 
-pytestmark = pytest.mark.nms
+pytestmark = [pytest.mark.nms, pytest.mark.rotated]
 shapely = pytest.importorskip("shapely")
 MANY = settings(max_examples=300, deadline=None)
 

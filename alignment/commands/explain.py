@@ -16,15 +16,17 @@ from alignment.commands.console import (
     Data,
     Golden,
     Images,
+    Size,
     out,
     print_table,
     progress_bar,
     require_folders,
+    sized,
     write_report,
 )
 from alignment.errors import AlignError
 from alignment.results import ExplainedBox, Explanation
-from alignment.variant import golden_dir, load_variant
+from alignment.variant import Variant, golden_dir, load_variant
 
 _RANK = re.compile(r", rank \d+$")
 
@@ -45,6 +47,7 @@ def explain(
     deployed_score_threshold: Annotated[float | None, typer.Option(help="another one for the deployed NMS")] = None,
     deployed_iou_threshold: Annotated[float | None, typer.Option(help="another one for the deployed NMS")] = None,
     topk: Annotated[int | None, typer.Option(help="only so many rows go on to the deployed NMS; default: all")] = None,
+    size: Size = None,
     golden: Golden = None,
     show: Annotated[int, typer.Option(min=0, help="how many lines of boxes to print, those alike in one")] = 20,
     out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
@@ -67,7 +70,8 @@ def explain(
             pictures = Path(staging) if out_dir else None
             deployed = {"score_threshold": deployed_score_threshold, "iou_threshold": deployed_iou_threshold}
             asked = {"score_threshold": score_threshold}, deployed
-            found = _explain_variant(what[0], backend, data, images, asked, topk, golden, pictures)
+            variant = sized(load_variant(what[0]), size)
+            found = _explain_variant(variant, backend, data, images, asked, topk, golden, pictures)
         alignment.explanations.append(found)
         _print_explanation(found, show)
         if out_dir:
@@ -83,7 +87,7 @@ def explain(
 
 
 def _explain_variant(
-    name: str,
+    variant: Variant,
     backend: str,
     data: Path | None,
     images: int | None,
@@ -99,7 +103,6 @@ def _explain_variant(
     from alignment.export.nms_head import require_boxes
     from alignment.session import require_available
 
-    variant = load_variant(name)
     require_available(variant, data)
     if backend not in HEADS:
         raise AlignError(f"--backend {backend}: no graph ends in NMS there", f"choose from {', '.join(HEADS)}")

@@ -17,8 +17,9 @@ DENSE_BELOW, FLOOR = 0.007, -32768.0
 SPLIT = 10000
 
 
-#: How far the IoU that EfficientNMSRotated_TRT computes in float32 may be from the true one.
-ROTATED_IOU_ROUNDING = 1e-5
+#: EfficientNMSRotated_TRT compares the float32 that is nearest to an IoU computed in float64; where that is rounded in
+#: another way, on another machine, the next float32 may come out.
+ROTATED_IOU_ROUNDING = 2.0**-23
 
 
 def mmyolo(nms: Nms, rotated: bool = False) -> Semantics:

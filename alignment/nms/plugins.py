@@ -49,10 +49,10 @@ def _upright(boxes: np.ndarray, scores: np.ndarray, attributes: Mapping[str, Any
 
 
 def _rotated(boxes: np.ndarray, scores: np.ndarray, attributes: Mapping[str, Any]) -> _Kept:
-    """The same of rotated boxes: float16 is computed in float32."""
+    """The same of rotated boxes: float16 is computed in float32, sigmoids in float64."""
     values = scores.astype(np.float32)
     if attributes.get("score_activation", 0):
-        values = sigmoid(values)
+        values = sigmoid(values.astype(np.float64)).astype(np.float32)
     fates = run(efficient_nms_rotated(attributes), boxes.astype(np.float32), values)
     kept = fates.kept
     return boxes[fates.rows[kept]], fates.scores[kept].astype(scores.dtype), fates.labels[kept]

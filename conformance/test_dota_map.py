@@ -77,7 +77,7 @@ def scene(seed: int, images: int = 4, crowd: float = 0.2) -> tuple[CocoDataset, 
     truth, found = {}, {}
     for image in range(1, images + 1):
         rows = [(tuple(box), int(rng.integers(CLASSES))) for box in boxes(int(rng.integers(0, 9)))]
-        noise = [rng.normal(0, 4, 4).tolist() + [rng.normal(0, 0.1)] for _ in range(2 * len(rows))]
+        noise = [[*rng.normal(0, 4, 4), rng.normal(0, 0.1)] for _ in range(2 * len(rows))]
         near = [(tuple(np.add(box, by)), rng.random(), k) for (box, k), by in zip(rows * 2, noise, strict=True)]
         far = [(tuple(box), rng.random(), int(rng.integers(CLASSES))) for box in boxes(4)]
         truth[image], found[image] = rows, detections(*near, *far)

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, helper
 
 from alignment.errors import AlignError
-from alignment.nms.plugins import WIDTH
+from alignment.nms.plugins import ROTATED, WIDTH
 
 PLUGINS = tuple(WIDTH)
 #: Without these the plugin takes defaults of its own, which differ between its sources and their README.
@@ -30,6 +30,14 @@ def plugin_in(path: Path) -> str | None:
     except (DecodeError, OSError):
         return None
     return None if node is None else node.op_type
+
+
+def require_boxes_of(path: Path, rotated: bool) -> None:
+    """Raises AlignError for a file that ends in a plugin for other boxes than `rotated` ones, or than upright ones."""
+    plugin = plugin_in(path)
+    if plugin is not None and (WIDTH[plugin] == WIDTH[ROTATED]) != rotated:
+        other = "horizontal" if rotated else "rotated"
+        raise AlignError(f"{path}: ends in {plugin}, whose boxes are {other}", f"set `boxes: {other}` in its YAML")
 
 
 def refuse_plugin(path: Path, purpose: str) -> Path:

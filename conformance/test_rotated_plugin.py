@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -219,6 +221,33 @@ def test_scenes_put_the_oracle_to_work(name, kind):
     with np.errstate(all="ignore"):
         count, *_ = plugin_outputs(ROTATED, boxes.astype(kind), scores.astype(kind), {**DEFAULTS, **changes})
     assert (count > 5).all() == (name != "nothing")
+
+
+def test_the_library_is_loaded_only_for_a_file_that_needs_it(tmp_path: Path, monkeypatch):
+    """Before TensorRT parses or loads; the engine belongs to the library's bytes."""
+    from alignment.engine.registry import plugin_identity, register_plugins
+
+    library, said = tmp_path / "library.so", []
+    library.write_bytes(b"first")
+    trt = SimpleNamespace(init_libnvinfer_plugins=lambda logger, namespace: said.append("TensorRT's"))
+    own = SimpleNamespace(load_plugin=lambda: said.append("ours"), build_plugin=lambda: library)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setitem(sys.modules, "alignment.engine.plugins", own)
+    (boxes, scores), _ = SCENES["nothing"]
+    needs, does_not = tmp_path / "needs.onnx", tmp_path / "does_not.onnx"
+    model = to_onnx(boxes, scores, DEFAULTS)
+    onnx.save(model, needs)
+    model.graph.node[0].op_type = "EfficientNMS_TRT"
+    onnx.save(model, does_not)
+    register_plugins(None, does_not)
+    assert said == ["TensorRT's"]
+    assert plugin_identity(does_not) == {}
+    register_plugins(None, needs)
+    assert said == ["TensorRT's", "TensorRT's", "ours"]
+    before = plugin_identity(needs)
+    library.write_bytes(b"second")
+    assert before.keys() == plugin_identity(needs).keys() == {"plugin_sha256"}
+    assert before != plugin_identity(needs)
 
 
 @pytest.mark.gpu

@@ -21,11 +21,15 @@ from alignment.compare.measure import count_agreement
 from alignment.data.samples import Samples, open_samples
 from alignment.engine.capabilities import missing
 from alignment.errors import AlignError
-from alignment.models.outputs import detect
+from alignment.export.float16 import float16_model, float32_nodes
+from alignment.export.plugin_nms import plugin_of
+from alignment.models.outputs import detect, to_outputs
 from alignment.nms.multiclass import Detections
 from alignment.nms.plugins import ROTATED
 from alignment.pipeline import RunOptions, align_live
+from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.runners.open import open_runner
+from alignment.runners.plugin_nms import PluginNmsRunner
 from alignment.variant import ZOO, Variant, load_variant
 
 pytest.importorskip("mmyolo")
@@ -156,6 +160,24 @@ def test_a_wrong_setting_in_the_file_shows(variant, samples, mmrotates, tmp_path
     assert any(len(one) != len(mmrotates[image]) for image, one in found.items())
 
 
+def test_a_float16_graph_keeps_its_plugin(variant, samples):
+    """What a TensorRT is given that takes its types from the graph."""
+    names = float32_nodes(variant.weights, ())
+    half = float16_model(variant.weights, keep=names)
+    model = onnx.load(half)
+    assert plugin_of(model) == plugin_of(onnx.load(variant.weights))
+    assert onnx.TensorProto.FLOAT16 in {weight.data_type for weight in model.graph.initializer}
+    assert [output.name for output in model.graph.output] == ["num_dets", "det_boxes", "det_scores", "det_labels"]
+    few = open_samples(samples.variant, None, 4)
+    sides = []
+    for path in (half, variant.weights):
+        with PluginNmsRunner(path, OnnxRuntimeRunner) as runner:
+            sides.append(detect(Samples(variant, few.dataset), runner.run))
+    ours, theirs = sides
+    assert all(agree(theirs[image], one).rate > 0.9 for image, one in ours.items())
+    assert any(len(one) != len(theirs[i]) or (one.scores != theirs[i].scores).any() for i, one in ours.items())
+
+
 def test_a_batch_is_answered_as_its_images_are(variant, samples):
     tensors = [sample.tensor for _, sample in zip(range(3), samples, strict=False)]
     with open_runner(variant, Case(variant.name, "onnxruntime", "fp32")) as runner:
@@ -194,6 +216,21 @@ def test_an_nms_for_other_boxes_is_refused(command, said, tmp_path):
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_detections_are_five_numbers_and_a_score(variant):
+    """Scores of their own, or as the sixth number, as mmdeploy has them; padding is dropped."""
+    boxes = np.array([[[8, 9, 4, 2, 0.5], [20, 20, 9, 3, -1], [0, 0, 0, 0, 0]]], np.float32)
+    scores, labels = np.array([[0.9, 0.4, 0]], np.float32), np.array([[2, 5, -1]], np.int32)
+    named = {"num_dets": np.array([[2]]), "det_boxes": boxes, "det_scores": scores, "det_labels": labels}
+    joined = {**named, "det_boxes": np.concatenate([boxes, scores[..., None]], 2)}
+    for form in (named, joined):
+        (kept,) = to_outputs(form, variant).kept
+        np.testing.assert_array_equal(kept.boxes, boxes[0, :2])
+        np.testing.assert_array_equal(kept.scores, scores[0, :2])
+        assert kept.labels.tolist() == [2, 5]
+    with pytest.raises(AlignError, match=r"layout end2end is count \[B, 1\], boxes \[B, K, 5\]"):
+        to_outputs(named | {"det_boxes": boxes[..., :4]}, variant)
 
 
 def test_a_yaml_that_says_nothing_of_rotated_boxes_is_refused(variant, tmp_path):

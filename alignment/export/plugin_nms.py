@@ -87,6 +87,19 @@ def before_plugin(model: ModelProto, path: Path) -> ModelProto:
     return cut
 
 
+def with_plugin(cut: ModelProto, whole: ModelProto) -> ModelProto:
+    """The graph `cut`, made of what `before_plugin` gave of `whole`, with plugin and outputs of `whole` again."""
+    ended, node = ModelProto(), plugin_of(whole)
+    assert node is not None
+    ended.CopyFrom(cut)
+    ended.graph.node.append(node)
+    del ended.graph.output[:]
+    ended.graph.output.extend(whole.graph.output)
+    if node.domain:
+        ended.opset_import.extend(one for one in whole.opset_import if one.domain == node.domain)
+    return ended
+
+
 def _unknown(model: ModelProto, node: NodeProto) -> str:
     """What is unknown of the node's form; empty where nothing is."""
     read = {name for other in model.graph.node for name in other.input}

@@ -115,9 +115,8 @@ def build_environment() -> dict[str, str]:
 def cached_engine(onnx_path: Path, options: BuildOptions, images: CalibrationImages | None = None) -> Engine:
     """The engine of `onnx_path`, from the cache or built now.
 
-    Its key is the content of the ONNX file, of the weight files that it names and of the plugin library that it needs,
-    the options, the `images` that a calibrator reads, the build variables, TensorRT's version and the GPU.  A second
-    process waits for the first.
+    Its key is the content of the ONNX file, its weight files and plugin library, the options, the `images` that a
+    calibrator reads, the build variables, TensorRT's version and the GPU.  A second process waits for the first.
 
     Raises:
         AlignError: TensorRT cannot run here, or cannot build it.

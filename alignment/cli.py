@@ -129,7 +129,8 @@ def export(
         str, typer.Option(help="decoded (boxes and scores), raw (of the last convolutions) or both")
     ] = "decoded",
     nms: Annotated[
-        str | None, typer.Option(help="end the graph in efficient_nms (TensorRT's plugin) or onnx_nms")
+        str | None,
+        typer.Option(help="end the graph in efficient_nms (TensorRT's plugin), onnx_nms, or efficient_nms_rotated"),
     ] = None,
     topk: Annotated[
         int | None, typer.Option(help="with --nms: only so many rows of best score go on to it; default: all")
@@ -149,7 +150,7 @@ def export(
     chosen = sized(load_variant(variant), size)
     head = None if nms is None else NmsHead(nms, chosen.nms)  # type: ignore[arg-type]
     if head:
-        require_boxes(chosen)
+        require_boxes(chosen, head.kind)
     stem = f"{chosen.name}.{head.kind}" if head else chosen.name
     model = write(chosen, out_dir, ExportOptions(opset, batch, outputs), stem)  # type: ignore[arg-type]
     for note in end_in_nms(model.onnx, head, topk) if head else ():

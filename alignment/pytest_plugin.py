@@ -34,6 +34,8 @@ MARKERS = {
     "qat": "training with fake quantization betters int8, resumes to the bit, and ends in the graph that was trained",
     "nms": "post-processing: what each implementation keeps, and why they differ",
     "culprit": "engines taken apart, and the search for the Q/DQ pairs that make one worse than ONNX Runtime",
+    "rotated": "rotated boxes: data, decoding, comparison, NMS and AP",
+    "plugin": "NMS plugins of TensorRT: their oracle, the files that end in one, and the kernels themselves",
     "topk": "which candidates a TopK lets through, and what its limit costs",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
     "real_data": "needs the real checkpoints and images below ALIGN_DATA",
@@ -49,7 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the suite."""
     group = parser.getgroup("alignment")
     group.addoption("--variant", action="append", metavar="NAME", help="variant or YAML file; repeatable; default: all")
-    group.addoption("--data", type=Path, help="COCO-layout root, for variants on COCO; default $ALIGN_DATA/coco")
+    group.addoption(
+        "--data",
+        type=Path,
+        help="COCO-layout root, for variants on COCO, or DOTA's tiles, for rotated boxes; default below $ALIGN_DATA",
+    )
     group.addoption("--images", type=_count, help="the first so many images only")
     group.addoption("--golden", type=Path, help="folder of golden values; default: the packaged one")
     group.addoption("--update-golden", metavar="REASON", help="write what is measured as golden, for REASON")

@@ -103,16 +103,28 @@ class WorstImage(_Model):
     subject: list[Box] = []
 
 
-class Scores(_Model):
-    """COCO AP of both sides, 0..1; `subject_ap50` at IoU 0.5.
+class DotaScores(_Model):
+    """mAP of rotated boxes by DOTA's protocol, 0..1: `ap` over IoU 0.50:0.95, `ap50` at 0.5, both by VOC 2007's 11
+    recalls; `area_ap50` is `ap50` by the area under the curve.  `reference_ap50` is that of the reference."""
 
-    `agreement_ap` is the subject's AP with the reference's detections of score >= 0.3 as truth.  `twin` is the case
-    that computes the same graph node by node, where there is one.
+    ap: float
+    ap50: float
+    area_ap50: float
+    reference_ap50: float | None = None
+
+
+class Scores(_Model):
+    """COCO AP of both sides, 0..1; `subject_ap50` at IoU 0.5.  -1 on images without truth.
+
+    `dota` is there where boxes are rotated and truth is known.  `agreement_ap` is the subject's AP with the reference's
+    detections of score >= 0.3 as truth.  `twin` is the case that computes the same graph node by node, where there is
+    one.
     """
 
     reference_ap: float | None = None
     subject_ap: float
     subject_ap50: float
+    dota: DotaScores | None = None
     agreement_ap: float | None = None
     twin: str | None = None
     twin_ap: float | None = None

@@ -180,8 +180,9 @@ class Variant(Strict):
     @model_validator(mode="after")
     def _head_fits(self) -> Variant:
         layout = self.source.head.layout if isinstance(self.source, OnnxSource) else None
-        if layout and self.rotated and layout not in ("decoded", "yolov8"):
-            raise ValueError(f"boxes: no rotated ones in source.head.layout {layout!r}, but in 'decoded' and 'yolov8'")
+        if layout and self.rotated and layout not in ("decoded", "yolov8", "end2end"):
+            known = "'decoded', 'yolov8' and 'end2end'"
+            raise ValueError(f"boxes: no rotated ones in source.head.layout {layout!r}, but in {known}")
         if self.ends_in_nms and self.nms != Nms():
             raise ValueError("nms: source.head.layout 'end2end' has its NMS in the graph: remove nms")
         return self

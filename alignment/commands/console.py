@@ -35,7 +35,10 @@ _UNLIMITED = 100_000
 
 VariantName = Annotated[str, typer.Argument(help="name of a variant of the zoo, or YAML file")]
 Data = Annotated[
-    Path | None, typer.Option(help="folder in COCO layout, for variants on COCO; default: $ALIGN_DATA/coco")
+    Path | None,
+    typer.Option(
+        help="folder in COCO layout, for variants on COCO, or of DOTA's tiles, for rotated boxes; default: $ALIGN_DATA"
+    ),
 ]
 Images = Annotated[int | None, typer.Option(min=1, help="only the first so many images")]
 Size = Annotated[

@@ -66,9 +66,8 @@ def to_outputs(named: dict[str, np.ndarray], variant: Variant, images: int | Non
     if variant.ends_in_nms:
         images = images or 1
         kept = kept_by_graph(named, variant, images)
-        return Outputs(
-            {}, np.empty((images, 0, 4), np.float32), np.empty((images, 0, variant.classes), np.float32), kept
-        )
+        none = np.empty((images, 0, 5 if variant.rotated else 4), np.float32)
+        return Outputs({}, none, np.empty((images, 0, variant.classes), np.float32), kept)
     if isinstance(variant.source, OnnxSource):
         found = Outputs(*decode(named, variant))
         if images is not None and len(found.boxes) != images:

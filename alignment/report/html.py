@@ -91,8 +91,8 @@ def decibel(value: float | None) -> str:
 
 
 def score(value: float | None) -> str:
-    """An AP, four decimals."""
-    return ABSENT if value is None else f"{value:.4f}"
+    """An AP, four decimals; one below 0 is that of images without truth."""
+    return ABSENT if value is None or value < 0 else f"{value:.4f}"
 
 
 def scores_line(case: CaseResult) -> str:
@@ -105,7 +105,7 @@ def scores_line(case: CaseResult) -> str:
 
 def change(case: CaseResult) -> float | None:
     """Subject AP less reference AP."""
-    if case.scores is None or case.scores.reference_ap is None:
+    if case.scores is None or case.scores.reference_ap is None or case.scores.reference_ap < 0:
         return None
     return case.scores.subject_ap - case.scores.reference_ap
 

@@ -397,6 +397,27 @@ class TestCommand:
         assert "yolov5_embedded_qat-onnxruntime-int8-qdq" in run.output
         assert run.exit_code in (0, 1)
 
+    def test_a_config_that_is_a_file_is_found_from_anywhere(self, light, tmp_path, monkeypatch):
+        """The config lies beside the variant's YAML, and is named by that alone."""
+        from alignment.models.mmyolo_source import load_config
+
+        given, config = tmp_path / "given", load_config(light.variant)
+        given.mkdir()
+        config.dump(given / "config.py")
+        fields = light.variant.model_dump(mode="json", exclude_defaults=True)
+        fields["source"] = {**fields["source"], "config": "config.py", "options": {}}
+        (given / "mine.yaml").write_text(yaml.safe_dump({**fields, "name": "mine"}))
+        monkeypatch.chdir(given)
+        result = align("qat", "mine.yaml", "--out", "../out", *self.ONE)
+        assert result.exit_code in (0, 1), result.output
+        own = load_variant("../out/mine_qat.yaml")
+        here = recipe.quantize(own).model
+        monkeypatch.chdir("/")
+        elsewhere = load_variant(tmp_path / "out" / "mine_qat.yaml")
+        assert elsewhere.fingerprint() == own.fingerprint() == load_variant(given / "mine.yaml").fingerprint()
+        assert elsewhere.fingerprint() != light.variant.fingerprint()
+        assert recipe.quantize(elsewhere).model == here
+
     def test_divergence_is_one_line_and_status_1(self, tmp_path):
         result = align("qat", "yolov5_embedded", "--out", tmp_path, "--lr", 1000, *self.ONE)
         assert result.exit_code == 1

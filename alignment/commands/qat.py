@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-import yaml
 from rich.table import Column, Table
 
 from alignment.commands.console import (
@@ -22,12 +20,10 @@ from alignment.commands.console import (
     stage_bars,
 )
 from alignment.errors import AlignError
-from alignment.storage import data_dir, writing
-from alignment.variant import MMYoloSource, Variant, golden_dir, load_variant, with_quantization
+from alignment.variant import Variant, load_variant, with_quantization
 
 if TYPE_CHECKING:
     from alignment.quantize.qat import Outcome
-    from alignment.quantize.trained import Trained
 
 DISTILL = {"none": (), "features": ("features",), "logits": ("logits",), "both": ("features", "logits")}
 
@@ -84,8 +80,8 @@ def qat(
     from alignment.models.mmyolo_source import require_mmyolo
 
     require_mmyolo()
-    from alignment.quantize import recipe
-    from alignment.quantize.qat import Options, train
+    from alignment.quantize.qat import Options
+    from alignment.quantize.qat_files import train_into
 
     options = Options(
         epochs=epochs,
@@ -101,12 +97,8 @@ def qat(
         seed=seed,
         device=device,
     )
-    checkpoint = out_dir / f"{chosen.name}.qat.checkpoint.pth"
     with stage_bars(chosen.name) as show:
-        quantized = recipe.quantize(chosen, data, progress=show)
-        outcome = train(chosen, quantized, options, checkpoint, data, show)
-        paths = _write(outcome.trained, outcome.report(chosen, options), chosen, out_dir, data)
-    checkpoint.unlink(missing_ok=True)
+        outcome, paths = train_into(out_dir, chosen, options, data, show)
     _print(outcome)
     for path in paths:
         out.print(f"wrote {path}", markup=False)
@@ -130,39 +122,6 @@ def _kept_float(variant: Variant, start: Path | None, patterns: list[str] | None
         path = start / "keep_float.yaml" if start.is_dir() else start
         nodes += read_keep_float(path, exported(variant).onnx)
     return with_quantization(variant, {"keep_float": nodes}) if nodes else variant
-
-
-def _write(trained: Trained, report: dict[str, Any], variant: Variant, folder: Path, data: Path | None) -> list[Path]:
-    """Weights, variant, graphs and report; the variant is read again, so that what is written is what `run` takes."""
-    from alignment.quantize import recipe
-
-    weights, papers, own = (folder / f"{variant.name}{end}" for end in (".qat.npz", ".qat.json", "_qat.yaml"))
-    trained.save(weights)
-    with writing(own) as temporary:
-        text = yaml.safe_dump(_fields(variant, weights.name), sort_keys=False, allow_unicode=True, width=1000)
-        temporary.write_text(text, encoding="utf-8")
-    graphs = recipe.quantize(load_variant(own), data).save(folder, variant.name)
-    with writing(papers) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return [own, weights, papers, *graphs]
-
-
-def _fields(variant: Variant, trained: str) -> dict[str, Any]:
-    """The trained variant as YAML has it, under a name of its own: golden values are of one variant."""
-    fields = variant.model_dump(mode="json", exclude_defaults=True, exclude={"notes"})
-    assert isinstance(variant.source, MMYoloSource)
-    fields["source"]["checkpoint"] = _portable(variant.source.checkpoint)
-    recipe = {**variant.quantization.model_dump(mode="json", exclude_defaults=True), "trained": trained}
-    return {**fields, "name": f"{variant.name}_qat", "quantization": recipe}
-
-
-def _portable(path: Path) -> str:
-    """A path by the variable that a variant's YAML may name it with, or as it is."""
-    absolute = path.absolute()
-    for name, folder in (("GOLDEN", golden_dir()), ("ALIGN_DATA", data_dir())):
-        if absolute.is_relative_to(folder.absolute()):
-            return f"${{{name}}}/{absolute.relative_to(folder.absolute())}"
-    return str(absolute)
 
 
 def _print(outcome: Outcome) -> None:

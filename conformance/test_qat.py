@@ -377,13 +377,21 @@ class TestCommand:
 
     def test_a_variant_comes_out_that_runs_by_every_route(self, light, tmp_path):
         kept = next(iter(n for n in onnx.load(exported(light.variant).onnx).graph.node if n.op_type == "Conv")).name
-        partial = tmp_path / "partial"
-        write_keep_float(partial / "keep_float.yaml", "yolov5_embedded", exported(light.variant).onnx, {kept: "first"})
+        partial, recipe_then = (
+            tmp_path / "partial",
+            light.variant.quantization.model_copy(update={"policy": "conv-only"}),
+        )
+        write_keep_float(
+            partial / "keep_float.yaml", "yolov5_embedded", exported(light.variant).onnx, {kept: "first"}, recipe_then
+        )
         result = align("qat", "yolov5_embedded", "--out", tmp_path / "out", "--from", partial, *self.ONE)
         assert result.exit_code in (0, 1), result.output
         own = load_variant(tmp_path / "out" / "yolov5_embedded_qat.yaml")
         assert own.name == "yolov5_embedded_qat"
-        assert own.quantization.keep_float == [kept]
+        assert own.quantization == recipe_then.model_copy(
+            update={"keep_float": [kept], "trained": own.quantization.trained}
+        )
+        assert "its recipe is taken: policy conv-only" in result.stdout
         assert not list((tmp_path / "out").glob("*checkpoint*"))
         quantized = recipe.quantize(own)
         assert quantized.placement.float_nodes[kept].startswith("keep-float")

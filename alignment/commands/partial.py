@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
@@ -67,7 +67,7 @@ def partial(
     require_folders({"--out": out_dir})
     from alignment.engine.capabilities import Capabilities
     from alignment.quantize.candidates import Candidates
-    from alignment.quantize.partial import KEEP_FLOAT
+    from alignment.quantize.keep_float import KEEP_FLOAT
     from alignment.quantize.partial import partial as search
     from alignment.quantize.scoring import Scorer
     from alignment.quantize.sensitivity import Sensitivity, require_metric
@@ -77,8 +77,7 @@ def partial(
     require_metric(metric)
     if goal.kind == "latency":
         Capabilities.current()
-    changes = recipe_changes(plain, policy)
-    chosen = with_quantization(load_variant(variant), changes)
+    chosen = with_quantization(load_variant(variant), recipe_changes(plain, policy))
     given = None if ranking is None else Sensitivity.load(ranking)
     candidates, scorer = Candidates(chosen, data), Scorer(chosen, data, images)
     timed = _timer(candidates, scorer) if goal.kind == "latency" else None
@@ -97,9 +96,7 @@ def partial(
     _print(found)
     for path in found.save(out_dir):
         out.print(f"wrote {path}", markup=False)
-    recipe = "".join(f" {option}" for option in _options(changes))
-    taken = f"align quantize {variant}{recipe} --keep-float {out_dir / KEEP_FLOAT} --out DIR"
-    out.print(f"it is taken by: {taken}", markup=False)
+    out.print(f"it is taken by: align quantize {variant} --keep-float {out_dir / KEEP_FLOAT} --out DIR", markup=False)
     if not found.found.reached:
         out.print(f"not reached: {goal}; what is written is the best that was found")
         raise typer.Exit(1)
@@ -114,12 +111,6 @@ def _goal(budget: str | None, layers: int | None, latency: float | None) -> Goal
     if budget is not None:
         return named(budget)
     return Goal("layers", layers) if layers is not None else Goal("latency", latency or 0.0)
-
-
-def _options(changes: dict[str, Any]) -> list[str]:
-    """What makes `align quantize` follow the same recipe; nodes are in the file."""
-    named = [f"--{field} {changes[field]}" for field in ("policy", "rounding") if field in changes]
-    return [*named, "--no-bias-correction"] if "bias_correction" in changes else named
 
 
 def _timer(candidates: Candidates, scorer: Scorer) -> Callable[[Kept], float]:

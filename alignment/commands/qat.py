@@ -13,6 +13,7 @@ from alignment.commands.console import (
     Plain,
     Policy,
     VariantName,
+    kept_float,
     out,
     print_table,
     recipe_changes,
@@ -20,7 +21,7 @@ from alignment.commands.console import (
     stage_bars,
 )
 from alignment.errors import AlignError
-from alignment.variant import Variant, load_variant, with_quantization
+from alignment.variant import load_variant
 
 if TYPE_CHECKING:
     from alignment.quantize.qat import Outcome
@@ -64,17 +65,16 @@ def qat(
 ) -> None:
     """Train a quantized variant for a few epochs, by mmyolo's losses or by what the float model says.
 
-    It begins with what `align quantize` finds by the variant's recipe, with the --policy and --plain that `align
-    partial` was given. An epoch counts by agreement with FP32 on training images that were held out. Interrupted,
-    it goes on next time. The result is a variant of its own: `align run DIR/NAME_qat.yaml --precision int8` takes
-    it by every route. Exit status 1: no epoch was better than the start, or training diverged; the best weights are
-    written all the same.
+    It begins with what `align quantize` finds by the variant's recipe, or by that of the keep_float.yaml. An epoch
+    counts by agreement with FP32 on training images that were held out. Interrupted, it goes on next time. The result
+    is a variant of its own: `align run DIR/NAME_qat.yaml --precision int8` takes it by every route. Exit status 1: no
+    epoch was better than the start, or training diverged; the best weights are written all the same.
     """
     require_folders({"--out": out_dir})
     found = load_variant(variant)
     if found.quantization.trained is not None:
         raise AlignError(f"{found.name}: trained already", "begin with the variant that it was made of")
-    chosen = _kept_float(with_quantization(found, recipe_changes(plain, policy)), start, keep_float)
+    chosen = kept_float(found, keep_float or (), [start] if start else [], recipe_changes(plain, policy))
     if not chosen.has_torch:
         raise AlignError(f"{chosen.name}: a bare ONNX file has no torch model to train", "give an mmyolo variant")
     from alignment.models.mmyolo_source import require_mmyolo
@@ -110,18 +110,6 @@ def qat(
         out.print("no epoch is better than the start, which is what was written")
     if outcome.diverged or outcome.best == 0:
         raise typer.Exit(1)
-
-
-def _kept_float(variant: Variant, start: Path | None, patterns: list[str] | None) -> Variant:
-    """The variant with these nodes in float, in place of those of its recipe where any are given."""
-    nodes = list(patterns or ())
-    if start is not None:
-        from alignment.export.onnx_export import exported
-        from alignment.quantize.keep_float import read_keep_float
-
-        path = start / "keep_float.yaml" if start.is_dir() else start
-        nodes += read_keep_float(path, exported(variant).onnx)
-    return with_quantization(variant, {"keep_float": nodes}) if nodes else variant
 
 
 def _print(outcome: Outcome) -> None:

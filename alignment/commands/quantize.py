@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from alignment.commands.console import Data, VariantName, out, require_folders, stage_bars
+from alignment.commands.console import Data, VariantName, kept_float, out, require_folders, stage_bars
 from alignment.errors import AlignError
-from alignment.variant import load_variant, with_quantization
+from alignment.variant import load_variant
 
 
 def quantize(
@@ -27,7 +27,9 @@ def quantize(
     policy: Annotated[str | None, typer.Option(help="where quantizers go: tensorrt, conv-only or full")] = None,
     keep_float: Annotated[
         list[str] | None,
-        typer.Option(help="ONNX node, with wildcards, or a keep_float.yaml of them, that stays float; repeatable"),
+        typer.Option(
+            help="ONNX node, with wildcards, or a keep_float.yaml with its recipe, that stays float; repeatable"
+        ),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
     calibration: Annotated[
@@ -56,19 +58,20 @@ def quantize(
     from alignment.quantize.trouble import troubles
 
     require_folders({"--out": out_dir})
-    base = load_variant(variant)
     asked = {
         "method": method,
         "weights": weights,
         "policy": policy,
-        "keep_float": None if keep_float is None else _nodes(keep_float, exported(base).onnx),
         "images": images,
         "calibration": calibration,
         "rounding": rounding,
         "bias_correction": bias_correction,
         "equalization": equalization,
     }
-    chosen = with_quantization(base, {k: v for k, v in asked.items() if v is not None})
+    given_options = {field: value for field, value in asked.items() if value is not None}
+    files = [Path(name) for name in keep_float or () if name.endswith((".yaml", ".yml"))]
+    patterns = [name for name in keep_float or () if Path(name) not in files]
+    chosen = kept_float(load_variant(variant), patterns, files, given_options)
     given = None if ranges is None else ranges_in_cache(_text(ranges))
     with stage_bars(chosen.name) as show:
         found = recipe.quantize(chosen, data, batch, show, device, given)
@@ -86,16 +89,6 @@ def quantize(
         f"bound to float, {len(found.ranges)} ranges from {found.calibration.images} images",
         markup=False,
     )
-
-
-def _nodes(keep_float: list[str], graph: Path) -> list[str]:
-    """The patterns among them as they are, and what the files among them name."""
-    from alignment.quantize.keep_float import read_keep_float
-
-    nodes: list[str] = []
-    for name in keep_float:
-        nodes += read_keep_float(Path(name), graph) if name.endswith((".yaml", ".yml")) else [name]
-    return nodes
 
 
 def _text(path: Path) -> str:

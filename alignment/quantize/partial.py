@@ -12,14 +12,13 @@ from typing import Any, Literal
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.quantize.candidates import Candidates
-from alignment.quantize.keep_float import write_keep_float
+from alignment.quantize.keep_float import KEEP_FLOAT, write_keep_float
 from alignment.quantize.ranking import rank_correlations
 from alignment.quantize.scoring import Score, Scorer
 from alignment.quantize.search import NONE, SWAPS, TRIES, Found, Kept, Search
 from alignment.quantize.sensitivity import METRICS, Sensitivity
 from alignment.storage import writing
 
-KEEP_FLOAT = "keep_float.yaml"
 BUDGET = "give AP=0.3 for 0.3 points of AP (0.003 of 1) lost at most, or agreement=0.95 for that agreement at least"
 
 
@@ -179,11 +178,12 @@ class Partial:
         from alignment.report.pareto import draw_pareto
 
         paths = [folder / name for name in (KEEP_FLOAT, "partial.json", "pareto.svg")]
-        write_keep_float(paths[0], self.candidates.variant.name, self.candidates.source, self.reasons)
+        variant = self.candidates.variant
+        write_keep_float(paths[0], variant.name, self.candidates.source, self.reasons, variant.quantization)
         with writing(paths[1]) as file:
             file.write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
         with writing(paths[2]) as file:
-            draw_pareto(file, self.candidates.variant.name, self.points, self.point(self.found.chosen), self.ways)
+            draw_pareto(file, variant.name, self.points, self.point(self.found.chosen), self.ways)
         return paths
 
 

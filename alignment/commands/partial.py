@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from alignment.quantize.partial import Goal, Partial, Point
     from alignment.quantize.scoring import Scorer
     from alignment.quantize.search import Kept
-    from alignment.quantize.sensitivity import Mode, Sensitivity
 
 
 def partial(
@@ -69,6 +68,7 @@ def partial(
     from alignment.quantize.candidates import Candidates
     from alignment.quantize.keep_float import KEEP_FLOAT
     from alignment.quantize.partial import partial as search
+    from alignment.quantize.partial import swept
     from alignment.quantize.scoring import Scorer
     from alignment.quantize.sensitivity import Sensitivity, require_metric
     from alignment.report.pareto import require_matplotlib
@@ -85,7 +85,7 @@ def partial(
         found = search(
             candidates,
             scorer,
-            given or _swept(candidates, scorer, show),
+            given or swept(candidates, scorer, show),
             goal,
             metric,
             tries,
@@ -119,13 +119,6 @@ def _timer(candidates: Candidates, scorer: Scorer) -> Callable[[Kept], float]:
 
     image = next(iter(scorer.samples)).tensor
     return lambda kept: qdq_latency(candidates.variant, candidates.quantized(kept), image)
-
-
-def _swept(candidates: Candidates, scorer: Scorer, show: Callable[[str, int, int], None]) -> Sensitivity:
-    from alignment.quantize.sweep import sweep
-
-    mode: Mode = "leave-one-out" if candidates.variant.quantization.searched else "quantize-one"
-    return sweep(candidates.variant, candidates.quantized(()), scorer.samples, mode, progress=show)[0]
 
 
 def _print(found: Partial) -> None:

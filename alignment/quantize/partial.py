@@ -16,7 +16,7 @@ from alignment.quantize.keep_float import KEEP_FLOAT, write_keep_float
 from alignment.quantize.ranking import rank_correlations
 from alignment.quantize.scoring import Score, Scorer
 from alignment.quantize.search import NONE, SWAPS, TRIES, Found, Kept, Search
-from alignment.quantize.sensitivity import METRICS, Sensitivity
+from alignment.quantize.sensitivity import METRICS, Mode, Sensitivity
 from alignment.storage import writing
 
 BUDGET = "give AP=0.3 for 0.3 points of AP (0.003 of 1) lost at most, or agreement=0.95 for that agreement at least"
@@ -185,6 +185,14 @@ class Partial:
         with writing(paths[2]) as file:
             draw_pareto(file, variant.name, self.points, self.point(self.found.chosen), self.ways)
         return paths
+
+
+def swept(candidates: Candidates, scorer: Scorer, progress: Callable[[str, int, int], None] | None) -> Sensitivity:
+    """The sweep that a search goes by, on the same images; `progress` as `alignment.quantize.sweep.sweep` has it."""
+    from alignment.quantize.sweep import sweep
+
+    mode: Mode = "leave-one-out" if candidates.variant.quantization.searched else "quantize-one"
+    return sweep(candidates.variant, candidates.quantized(()), scorer.samples, mode, progress=progress)[0]
 
 
 def partial(

@@ -26,6 +26,15 @@ def papers(folder: Path, name: str) -> Path:
     return folder / f"{name}.qat.json"
 
 
+def read_papers(folder: Path, name: str) -> dict[str, Any]:
+    """What `Outcome.report` said of the training; empty where its file is not there, or is cut short."""
+    try:
+        found = json.loads(papers(folder, name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def train_into(
     folder: Path, variant: Variant, options: Options, data: Path | None = None, progress: recipe.Progress | None = None
 ) -> tuple[Outcome, list[Path]]:

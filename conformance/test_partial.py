@@ -425,6 +425,16 @@ class TestCandidates:
         parts = [candidates.int8_share(set(candidates.nodes) - {node}) for node in candidates.nodes]
         assert sum(parts) == pytest.approx(candidates.int8_share())
 
+    def test_identity(self, yolov8, monkeypatch):
+        """Of one graph the same, and of every other another; nothing is calibrated for it."""
+        pytest.importorskip("torch")
+        monkeypatch.setattr("alignment.quantize.recipe.calibrate", None)
+        changes = ({}, {"method": "minmax"}, {"images": 3}, {"rounding": "adaround"}, {"bias_correction": True})
+        variants = [with_quantization(yolov8.variant, change) for change in changes]
+        seen = [Candidates(v).identity(kept) for v in variants for kept in ((), yolov8.candidates.nodes[:1])]
+        assert len({json.dumps(identity, sort_keys=True) for identity in seen}) == len(seen) == 10
+        assert Candidates(yolov8.variant).identity(()) == seen[0]
+
     def test_what_moves_values_follows(self, yolov8):
         """With all readers of a Concat in float, neither it nor what feeds it is quantized any more."""
         candidates = yolov8.candidates
@@ -458,6 +468,18 @@ class TestPartial:
         assert third.runs == 0
         # One run of each is the float network, which detections of others are held to.
         assert (killed.runs - 1) + (second.runs - 1) == len(found["points"])
+
+    def test_sets_that_are_known_are_not_quantized_again(self, yolov8, own_scores, monkeypatch):
+        """Where weights are searched for, that would be a reconstruction a set."""
+
+        def search() -> dict:
+            scorer = Scorer(yolov8.variant, images=2)
+            return partial(Candidates(yolov8.variant), scorer, yolov8.ranking, Goal("layers", 1), tries=2).report()
+
+        found, quantized = search(), []
+        monkeypatch.setattr(Candidates, "quantized", lambda self, kept: quantized.append(kept))
+        assert search() == found
+        assert quantized == []
 
     def test_latency(self, yolov8):
         scorer, nodes = Scorer(yolov8.variant, images=2), []

@@ -225,7 +225,11 @@ def partial(
     _require_same(candidates, sensitivity)
     rankings = {metric: _ranking(candidates, sensitivity, metric)}
     rankings |= {other: _ranking(candidates, sensitivity, other) for other in _metrics(sensitivity) if other != metric}
-    search = Search(rankings, lambda kept: scorer.score(candidates.quantized(kept).model), tries, swaps, progress)
+
+    def objective(kept: Kept) -> Score:
+        return scorer.score_made(candidates.identity(kept), lambda: candidates.quantized(kept).model)
+
+    search = Search(rankings, objective, tries, swaps, progress)
     reference = scorer.float_score
     if goal.kind == "AP" and reference.ap < 0:
         raise AlignError(f"{candidates.variant.name}: its images have no truth to lose AP on", "give agreement=0.95")

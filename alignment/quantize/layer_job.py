@@ -26,25 +26,34 @@ from alignment.variant import Variant
 
 
 class Store:
-    """Tensors by name, each a file with a row for each image."""
+    """Tensors by name, each a file with a row for each image, written in their order."""
 
     def __init__(self, folder: Path, images: int) -> None:
         self.folder, self.images = folder, images
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def write(self, image: int, values: Mapping[str, np.ndarray]) -> None:
-        """Adds the tensors of one image.  Raises AlignError for one whose shape is not the same for every image."""
+        """Adds the tensors of one image.
+
+        Raises:
+            AlignError: for a tensor whose shape is not the same for every image, and for a disk that is full.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name, value in values.items():
+            before = self._shapes.setdefault(name, value.shape)
+            if before != value.shape:
+                raise AlignError(f"tensor {name}: {value.shape}, but {before} before", "give a fixed input size")
             path = self._path(name)
-            if image == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                rows = np.lib.format.open_memmap(path, "w+", value.dtype, (self.images, *value.shape))
-            else:
-                rows = np.lib.format.open_memmap(path, "r+")
-            if rows.shape[1:] != value.shape:
-                raise AlignError(
-                    f"tensor {name}: {value.shape}, but {rows.shape[1:]} before", "give a fixed input size"
-                )
-            rows[image] = value
+            try:
+                # Not through a map: what a full disk does to that is no exception, but the end of the process.
+                with path.open("ab" if image else "wb") as file:
+                    if not image:
+                        header = {"descr": value.dtype.str, "fortran_order": False}
+                        np.lib.format.write_array_header_2_0(file, {**header, "shape": (self.images, *value.shape)})
+                    file.write(value.tobytes())
+            except OSError as error:
+                mend = "make room there, or set ALIGN_CACHE to a folder of a larger disk; what is done is kept"
+                raise AlignError(f"{path}: {error.strerror or error}", mend) from None
 
     def read(self, name: str) -> np.ndarray:
         """``[images, ...]``, mapped from its file."""

@@ -28,13 +28,14 @@ from test_placement import graphs, tiny
 from alignment.data.samples import open_samples
 from alignment.errors import AlignError
 from alignment.executor import open_executor
-from alignment.quantize.layer_job import Store, open_plainly
+from alignment.quantize.layer_job import Store
 from alignment.quantize.placement import place
 from alignment.quantize.qdq import write_qdq
 from alignment.quantize.recipe import Quantized, quantize
 from alignment.quantize.sensitivity import METRICS, Sensitivity
 from alignment.quantize.suffix import Unchanged
 from alignment.quantize.sweep import sweep
+from alignment.runners.onnxruntime import open_session
 from alignment.variant import Variant, load_variant, with_quantization
 
 pytestmark = pytest.mark.sensitivity
@@ -116,7 +117,8 @@ def test_suffixes_of_random_graphs(model, data):
 
 
 def values(model: onnx.ModelProto, feeds: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
-    return dict(zip(names, open_plainly(model).run(names, feeds) if names else [], strict=True))
+    session = open_session(model, "cut", optimize=False, threads=1)
+    return dict(zip(names, session.run(names, feeds) if names else [], strict=True))
 
 
 def test_a_suffix_holds_no_more_than_it_needs():

@@ -10,10 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from onnx import ModelProto
 
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.coco import CocoDataset
@@ -22,6 +20,7 @@ from alignment.errors import AlignError
 from alignment.models.outputs import Outputs, detections_of, to_outputs
 from alignment.nms.multiclass import Detections
 from alignment.quantize.sensitivity import Distortion, kl_divergence
+from alignment.runners.onnxruntime import open_session
 from alignment.variant import Variant
 
 
@@ -155,7 +154,7 @@ def measure(job: Job) -> dict[str, float]:
     Raises:
         AlignError: for values that are not finite, and for files that are not there.
     """
-    session = open_plainly(job.graph)
+    session = open_session(job.graph, f"{job.graph} of {job.node}", optimize=False, threads=1)
     reads = [value.name for value in session.get_inputs()]
     gives = [value.name for value in session.get_outputs()]
     kept = {name: job.kept.read(name) for name in {*reads, job.tensor, *job.outputs} - ({*gives} - {job.tensor})}
@@ -168,19 +167,3 @@ def measure(job: Job) -> dict[str, float]:
     if not all(map(math.isfinite, found.values())):
         raise AlignError(f"node {job.node}: in int8 the network gives values that are not finite", "run `align layers`")
     return found
-
-
-def open_plainly(graph: Path | ModelProto) -> Any:
-    """A session of ONNX Runtime that computes the nodes one by one as they are, in one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    source = graph.SerializeToString() if isinstance(graph, ModelProto) else str(graph)
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has one exception type for each status code
-        reason = " ".join(str(error).split())[:240]
-        raise AlignError(f"ONNX Runtime cannot load the graph of a layer: {reason}", "export the model again") from None

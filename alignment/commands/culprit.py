@@ -16,10 +16,10 @@ from alignment.errors import AlignError
 from alignment.variant import Variant, load_variant
 
 if TYPE_CHECKING:
-    from alignment.engine.candidates import Candidate
     from alignment.engine.culprit import Culprit, Verdict
     from alignment.engine.gap import Comparison
-    from alignment.engine.patterns import Finding
+    from alignment.engine.patterns import Suspicion
+    from alignment.engine.qdq_backends import QdqBackend
     from alignment.quantize.pairs import QdqGraph
 
 
@@ -56,10 +56,10 @@ def culprit(
 
     Exit status: 0 no gap, 1 a gap, 2 wrong input.  A search that was killed goes on where it was.
     """
-    from alignment.engine.candidates import TensorRT
     from alignment.engine.culprit import find
     from alignment.engine.gap import Comparison, Reference
     from alignment.engine.patterns import find_patterns
+    from alignment.engine.qdq_backends import TensorRT
     from alignment.export.onnx_export import exported, modules_of
 
     require_folders({"--out": out_dir})
@@ -99,8 +99,8 @@ def culprit(
     raise typer.Exit(0 if not verdict.culprits and verdict.found.closed else 1)
 
 
-def _candidate(variant: Variant, backend: str, faults: list[str], level: int) -> Candidate:
-    from alignment.engine.candidates import Fault, Simulated, TensorRT
+def _candidate(variant: Variant, backend: str, faults: list[str], level: int) -> QdqBackend:
+    from alignment.engine.qdq_backends import Fault, Simulated, TensorRT
 
     if faults and backend != "simulated":
         raise AlignError(f"--fault {faults[0]}: TensorRT has faults of its own", "take --backend simulated")
@@ -137,7 +137,7 @@ def _kept(comparison: Comparison, verdict: Verdict) -> list[str]:
     return [unit for unit in comparison.units if unit not in verdict.found.removal]
 
 
-def _print(variant: Variant, comparison: Comparison, verdict: Verdict, patterns: list[Finding], blocks: int) -> None:
+def _print(variant: Variant, comparison: Comparison, verdict: Verdict, patterns: list[Suspicion], blocks: int) -> None:
     found, backend = verdict.found, comparison.candidate.identity["backend"]
     lines = [
         f"{variant.name}: {len(comparison.units)} nodes read int8; a set of them is bad where {backend} is more than "
@@ -186,7 +186,7 @@ def _write(
     variant: Variant,
     comparison: Comparison,
     verdict: Verdict,
-    patterns: list[Finding],
+    patterns: list[Suspicion],
     deployed: dict[str, float] | None,
 ) -> None:
     """``culprit.json``, and where there are culprits ``<variant>.repaired.onnx``, whose pairs are those that remain."""

@@ -15,7 +15,7 @@ from alignment.quantize.candidates import Candidates
 from alignment.quantize.keep_float import KEEP_FLOAT, write_keep_float
 from alignment.quantize.ranking import rank_correlations
 from alignment.quantize.scoring import Score, Scorer
-from alignment.quantize.search import NONE, SWAPS, TRIES, Found, Kept, Search
+from alignment.quantize.search import NONE, SWAPS, TRIES, Choice, Kept, Search
 from alignment.quantize.sensitivity import METRICS, Mode, Sensitivity
 from alignment.storage import writing
 
@@ -116,7 +116,7 @@ class Partial:
     reference: Score
     images: int
     search: Search
-    found: Found
+    found: Choice
     needed: dict[str, float]
     correlations: dict[str, dict[str, float]] = field(default_factory=dict)
 

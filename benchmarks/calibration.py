@@ -29,9 +29,8 @@ import typer
 
 from alignment.case import reference_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
-from alignment.data.samples import open_samples
+from alignment.data.samples import CALIBRATION_SPLIT, open_samples
 from alignment.export.onnx_export import exported
-from alignment.quantize.recipe import SPLIT
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.runners.open import open_runner
 from alignment.variant import Variant, load_variant
@@ -143,7 +142,7 @@ def main(
     model = exported(chosen).onnx
     rows = [row for row in contestants() if row.kind == "bare" or any(w in row.name for w in only.split(",") or [""])]
     with tempfile.TemporaryDirectory() as folder:
-        samples = open_samples(chosen, limit=images, split=SPLIT)
+        samples = open_samples(chosen, limit=images, split=CALIBRATION_SPLIT)
         for index, entry in enumerate(samples.dataset.images):
             np.save(Path(folder) / f"{index}.npy", samples.load(entry).tensor)
         name = onnx.load(model, load_external_data=False).graph.input[0].name

@@ -47,10 +47,9 @@ class Images:
 
 def bare(job: dict[str, Any]) -> Callable[[], None]:
     """All images through the graph as it is, in a session with calibration's options, or ONNX Runtime's own."""
-    import onnx
     from onnxruntime import InferenceSession
 
-    from alignment.quantize.calibrate import open_session
+    from alignment.runners.onnxruntime import open_session
 
     images = Images(job["images"], job["count"], job["input"])
 
@@ -58,7 +57,7 @@ def bare(job: dict[str, Any]) -> Callable[[], None]:
         if job["option"]:
             session = InferenceSession(job["model"], providers=["CPUExecutionProvider"])
         else:
-            session = open_session(onnx.load(job["model"]), Path(job["model"]))
+            session = open_session(Path(job["model"]), job["model"], spin=False)
         for image in images:
             session.run(None, {job["input"]: image})
 
@@ -67,13 +66,13 @@ def bare(job: dict[str, Any]) -> Callable[[], None]:
 
 def ours(job: dict[str, Any]) -> Callable[[], None]:
     """`calibrate`, and the range of every tensor; the QDQ graph is written where there is a place for it."""
-    from alignment.data.samples import Sample, Samples
+    from alignment.data.samples import CALIBRATION_SPLIT, Sample, Samples, open_samples
     from alignment.quantize.calibrate import calibrate
-    from alignment.quantize.recipe import SPLIT, apply, open_samples
+    from alignment.quantize.recipe import apply
     from alignment.variant import load_variant
 
     model, variant = Path(job["model"]), load_variant(job["variant"])
-    samples = open_samples(variant, limit=job["count"], split=SPLIT)
+    samples = open_samples(variant, limit=job["count"], split=CALIBRATION_SPLIT)
     paths = Images(job["images"], job["count"], job["input"]).paths
     files = {entry.id: path for entry, path in zip(samples.dataset.images, paths, strict=True)}
 

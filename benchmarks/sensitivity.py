@@ -17,13 +17,12 @@ from typing import Annotated
 
 import typer
 
-from alignment.commands.sensitivity import PLAIN
 from alignment.data.samples import Sample, Samples, open_samples
 from alignment.quantize.recipe import quantize
 from alignment.quantize.sensitivity import MODES
 from alignment.quantize.sweep import sweep
 from alignment.storage import cache_dir
-from alignment.variant import Variant, load_variant, with_quantization
+from alignment.variant import PLAIN, Variant, load_variant, with_quantization
 
 
 class Loaded(Samples):

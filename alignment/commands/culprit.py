@@ -77,26 +77,27 @@ def culprit(
 
         comparison = Comparison(subject, asked, candidate, threshold, progress=move)
         verdict = find(comparison, blocks, _weights(subject), modules, limit)
-        deployed = None
-        if isinstance(candidate, TensorRT) and verdict.culprits and deployed_level != level:
-            again = Comparison(subject, asked, TensorRT(chosen, deployed_level), threshold, comparison.own)
-            deployed = {
-                "level": deployed_level,
-                "gap": again.gap(again.units),
-                "mended": again.gap(_kept(again, verdict)),
-            }
+        confirms = isinstance(candidate, TensorRT) and verdict.culprits and deployed_level != level
+        deployed = _deployed(chosen, comparison, verdict, deployed_level) if confirms else None
     patterns = find_patterns(subject, modules)
     _print(chosen, comparison, verdict, patterns, blocks)
     if deployed:
-        level_gap, level_mended = deployed["gap"], deployed["mended"]
-        agrees = level_gap > threshold >= level_mended
-        what = "confirmed" if agrees else "not confirmed"
-        out.print(
-            f"{what} at level {deployed_level}: gap {level_gap:.2f}, without them {level_mended:.2f}", markup=False
-        )
+        what = "confirmed" if deployed["gap"] > threshold >= deployed["mended"] else "not confirmed"
+        gaps = f"gap {deployed['gap']:.2f}, without them {deployed['mended']:.2f}"
+        out.print(f"{what} at level {deployed_level}: {gaps}", markup=False)
     if out_dir:
         _write(out_dir, chosen, comparison, verdict, patterns, deployed)
     raise typer.Exit(0 if not verdict.culprits and verdict.found.closed else 1)
+
+
+def _deployed(variant: Variant, searched: Comparison, verdict: Verdict, level: int) -> dict[str, float]:
+    """The gap, and what is left of it without the culprits, in engines of another level."""
+    from alignment.engine.gap import Comparison
+    from alignment.engine.qdq_backends import TensorRT
+
+    backend, threshold = TensorRT(variant, level), searched.threshold
+    again = Comparison(searched.subject, searched.reference, backend, threshold, searched.own)
+    return {"level": level, "gap": again.gap(again.units), "mended": again.gap(_kept(again, verdict))}
 
 
 def _candidate(variant: Variant, backend: str, faults: list[str], level: int) -> QdqBackend:

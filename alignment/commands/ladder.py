@@ -69,9 +69,7 @@ def ladder(
     it goes on where it was interrupted, and a folder that comes from a machine without a GPU gets TensorRT's scores on
     one that has it.
     """
-    backends = tuple(name.strip() for name in backend.split(",") if name.strip())
-    if wrong := [name for name in backends if name not in BACKENDS]:
-        raise AlignError(f"--backend {wrong[0]}: no such backend", f"choose from {', '.join(BACKENDS)}")
+    backends = _backends(backend)
     require_folders({"--out": out_dir})
     from alignment.data.samples import open_samples
     from alignment.ladder import measure
@@ -83,8 +81,6 @@ def ladder(
     require_matplotlib()
     start = load_variant(variant)
     require_available(start, data)
-    if start.quantization.trained is not None:
-        raise AlignError(f"{start.name}: trained already", "begin with the variant that it was made of")
     run = new_alignment(shlex.join(["align", *sys.argv[1:]]))
     known = read_run(out_dir).ladders if (out_dir / RESULTS).is_file() else []
 
@@ -103,6 +99,13 @@ def ladder(
     _print(found)
     for name in (REPORT, RESULTS, "ladder.md"):
         out.print(f"wrote {out_dir / name}", markup=False)
+
+
+def _backends(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if wrong := [name for name in names if name not in BACKENDS]:
+        raise AlignError(f"--backend {wrong[0]}: no such backend", f"choose from {', '.join(BACKENDS)}")
+    return names
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ def _steps(
     """The rungs; a recipe that comes with the nodes to keep in float is that of the whole ladder."""
     from alignment.ladder import Step, trained_step
 
+    if start.quantization.trained is not None:
+        raise AlignError(f"{start.name}: trained already", "begin with the variant that it was made of")
     if until == "qat" and not start.has_torch:
         raise AlignError(f"{start.name}: a bare ONNX file has no torch model to train", "give --until partial")
     base, kept = with_quantization(start, asked), None

@@ -64,7 +64,6 @@ def partial(
     """
     goal = _goal(budget, layers, latency)
     require_folders({"--out": out_dir})
-    from alignment.engine.capabilities import Capabilities
     from alignment.quantize.candidates import Candidates
     from alignment.quantize.keep_float import KEEP_FLOAT
     from alignment.quantize.partial import partial as search
@@ -75,24 +74,13 @@ def partial(
 
     require_matplotlib()
     require_metric(metric)
-    if goal.kind == "latency":
-        Capabilities.current()
     chosen = with_quantization(load_variant(variant), recipe_changes(plain, policy))
     given = None if ranking is None else Sensitivity.load(ranking)
     candidates, scorer = Candidates(chosen, data), Scorer(chosen, data, images)
     timed = _timer(candidates, scorer) if goal.kind == "latency" else None
     with stage_bars(chosen.name) as show:
-        found = search(
-            candidates,
-            scorer,
-            given or swept(candidates, scorer, show),
-            goal,
-            metric,
-            tries,
-            swaps,
-            timed,
-            lambda done, most: show("sets, at most", done, most),
-        )
+        asked = (given or swept(candidates, scorer, show), goal, metric, tries, swaps, timed)
+        found = search(candidates, scorer, *asked, lambda done, most: show("sets, at most", done, most))
     _print(found)
     for path in found.save(out_dir):
         out.print(f"wrote {path}", markup=False)
@@ -103,6 +91,8 @@ def partial(
 
 
 def _goal(budget: str | None, layers: int | None, latency: float | None) -> Goal:
+    """What is asked for; TensorRT is here where it is needed."""
+    from alignment.engine.capabilities import Capabilities
     from alignment.quantize.partial import Goal
     from alignment.quantize.partial import budget as named
 
@@ -110,7 +100,10 @@ def _goal(budget: str | None, layers: int | None, latency: float | None) -> Goal
         raise AlignError("align partial wants one goal", "give one of --budget, --layers and --latency")
     if budget is not None:
         return named(budget)
-    return Goal("layers", layers) if layers is not None else Goal("latency", latency or 0.0)
+    if layers is not None:
+        return Goal("layers", layers)
+    Capabilities.current()
+    return Goal("latency", latency or 0.0)
 
 
 def _timer(candidates: Candidates, scorer: Scorer) -> Callable[[Kept], float]:

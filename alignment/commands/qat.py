@@ -21,7 +21,7 @@ from alignment.commands.console import (
     stage_bars,
 )
 from alignment.errors import AlignError
-from alignment.variant import load_variant
+from alignment.variant import Variant, load_variant
 
 if TYPE_CHECKING:
     from alignment.quantize.qat import Outcome
@@ -71,12 +71,8 @@ def qat(
     epoch was better than the start, or training diverged; the best weights are written all the same.
     """
     require_folders({"--out": out_dir})
-    found = load_variant(variant)
-    if found.quantization.trained is not None:
-        raise AlignError(f"{found.name}: trained already", "begin with the variant that it was made of")
-    chosen = kept_float(found, keep_float or (), [start] if start else [], recipe_changes(plain, policy))
-    if not chosen.has_torch:
-        raise AlignError(f"{chosen.name}: a bare ONNX file has no torch model to train", "give an mmyolo variant")
+    chosen = _trainable(load_variant(variant))
+    chosen = kept_float(chosen, keep_float or (), [start] if start else [], recipe_changes(plain, policy))
     from alignment.models.mmyolo_source import require_mmyolo
 
     require_mmyolo()
@@ -99,7 +95,28 @@ def qat(
     )
     with stage_bars(chosen.name) as show:
         outcome, paths = train_into(out_dir, chosen, options, data, show)
-    _print(outcome)
+    _print(outcome, paths)
+    if outcome.diverged or outcome.best == 0:
+        raise typer.Exit(1)
+
+
+def _trainable(variant: Variant) -> Variant:
+    """The variant itself.  Raises AlignError for one that was trained, or that has no torch model."""
+    if variant.quantization.trained is not None:
+        raise AlignError(f"{variant.name}: trained already", "begin with the variant that it was made of")
+    if not variant.has_torch:
+        raise AlignError(f"{variant.name}: a bare ONNX file has no torch model to train", "give an mmyolo variant")
+    return variant
+
+
+def _print(outcome: Outcome, paths: list[Path]) -> None:
+    names = list(dict.fromkeys(name for epoch in outcome.epochs for name in epoch))
+    names = [*(name for name in names if name != "agreement"), "agreement"]
+    table = Table(Column("epoch", justify="right"), *(Column(name, justify="right") for name in names))
+    for number, epoch in enumerate(outcome.epochs):
+        cells = [f"{epoch[name]:.4f}" if name in epoch else "" for name in names]
+        table.add_row(f"{number}{' (best)' if number == outcome.best else ''}", *cells)
+    print_table(table)
     for path in paths:
         out.print(f"wrote {path}", markup=False)
     if outcome.diverged:
@@ -108,15 +125,3 @@ def qat(
         out.print(f"stopped early: {outcome.stopped}", markup=False)
     if outcome.best == 0:
         out.print("no epoch is better than the start, which is what was written")
-    if outcome.diverged or outcome.best == 0:
-        raise typer.Exit(1)
-
-
-def _print(outcome: Outcome) -> None:
-    names = list(dict.fromkeys(name for epoch in outcome.epochs for name in epoch))
-    names = [*(name for name in names if name != "agreement"), "agreement"]
-    table = Table(Column("epoch", justify="right"), *(Column(name, justify="right") for name in names))
-    for number, epoch in enumerate(outcome.epochs):
-        cells = [f"{epoch[name]:.4f}" if name in epoch else "" for name in names]
-        table.add_row(f"{number}{' (best)' if number == outcome.best else ''}", *cells)
-    print_table(table)

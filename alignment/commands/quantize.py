@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
 from alignment.commands.console import Data, VariantName, kept_float, out, require_folders, stage_bars
 from alignment.errors import AlignError
-from alignment.variant import load_variant
+from alignment.variant import Variant, load_variant
+
+if TYPE_CHECKING:
+    from alignment.quantize.recipe import Quantized
 
 
 def quantize(
@@ -53,12 +56,10 @@ def quantize(
 ) -> None:
     """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
     from alignment.engine.int8 import ranges_in_cache
-    from alignment.export.onnx_export import exported, modules_of
     from alignment.quantize import recipe
-    from alignment.quantize.trouble import troubles
 
     require_folders({"--out": out_dir})
-    asked = {
+    asked: dict[str, Any] = {
         "method": method,
         "weights": weights,
         "policy": policy,
@@ -68,27 +69,35 @@ def quantize(
         "bias_correction": bias_correction,
         "equalization": equalization,
     }
-    given_options = {field: value for field, value in asked.items() if value is not None}
     files = [Path(name) for name in keep_float or () if name.endswith((".yaml", ".yml"))]
     patterns = [name for name in keep_float or () if Path(name) not in files]
-    chosen = kept_float(load_variant(variant), patterns, files, given_options)
+    asked = {field: value for field, value in asked.items() if value is not None}
+    chosen = kept_float(load_variant(variant), patterns, files, asked)
     given = None if ranges is None else ranges_in_cache(_text(ranges))
     with stage_bars(chosen.name) as show:
         found = recipe.quantize(chosen, data, batch, show, device, given)
-    known = modules_of(exported(chosen).onnx)
+    _print(found, chosen)
+    for path in found.save(out_dir, chosen.name):
+        out.print(f"wrote {path}", markup=False)
+    out.print(
+        f"{len(found.placement.weights)} nodes in int8, {len(found.placement.activations)} quantizers, "
+        f"{len(found.placement.float_nodes)} nodes bound to float, {len(found.ranges)} ranges from "
+        f"{found.calibration.images} images",
+        markup=False,
+    )
+
+
+def _print(found: Quantized, variant: Variant) -> None:
+    """What will go wrong, and what did no good."""
+    from alignment.export.onnx_export import exported, modules_of
+    from alignment.quantize.trouble import troubles
+
+    known = modules_of(exported(variant).onnx)
     for trouble in troubles(found, known):
         out.print(f"[yellow]{escape(str(trouble))}[/]")
     for unit in found.units:
         if unit.adaround >= unit.nearest:
             out.print(f"{unit.name}: AdaRound does not lower its error: rounded to nearest", markup=False)
-    counts = found.placement
-    for path in found.save(out_dir, chosen.name):
-        out.print(f"wrote {path}", markup=False)
-    out.print(
-        f"{len(counts.weights)} nodes in int8, {len(counts.activations)} quantizers, {len(counts.float_nodes)} nodes "
-        f"bound to float, {len(found.ranges)} ranges from {found.calibration.images} images",
-        markup=False,
-    )
 
 
 def _text(path: Path) -> str:

@@ -34,7 +34,7 @@ def render(alignment: Alignment, folder: Path) -> str:
     """
     cases = sorted(alignment.cases, key=lambda case: STATUSES.index(case.status))
     verdict, summary = headline(alignment)
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     page = template.render(run=alignment, cases=cases, verdict=verdict, summary=summary, pictures=_Pictures(folder))
     return page.lstrip()
 
@@ -214,7 +214,8 @@ class _Pictures:
         return f"data:{mime};base64,{base64.b64encode(content).decode()}" if mime else None
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates whose output is escaped, and the filters that they use."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

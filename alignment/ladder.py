@@ -86,7 +86,7 @@ def trained_step(path: Path, start: Variant, partial: Variant | None) -> Step:
             what = f"{path}: trained with {field} {value}, but the ladder is of {field} {ours[field]}"
             raise AlignError(what, "give one recipe to both")
     kept = set(own.quantization.keep_float)
-    begun = f"{len(kept)} patterns in float"
+    begun = f"{len(kept)} kept in float"
     if partial is not None and kept == set(partial.quantization.keep_float):
         begun = "partial"
     elif kept == set(start.quantization.keep_float):

@@ -208,6 +208,9 @@ class TestCommand:
         assert "k.yaml: its recipe is taken: policy full" in result.stdout
         (found,) = read_run(tmp_path / "out").ladders
         assert found.recipe["policy"] == "full"
+        command = found.rungs[1].command
+        assert command == "align quantize yolov5_embedded --policy full --images 4 --out DIR"
+        assert align(*command.replace("DIR", str(tmp_path / "q")).split()[1:]).exit_code == 0
         assert found.rungs[1].int8_macs == 1
 
     @pytest.mark.parametrize(
@@ -249,7 +252,7 @@ class TestTrainedRung:
             trained_step(trained.yaml, light, None)
 
     def test_begun_elsewhere(self, light, trained):
-        assert trained_step(trained.folder / "qat_partial", light, None).name.startswith("QAT from 1 patterns in float")
+        assert trained_step(trained.folder / "qat_partial", light, None).name.startswith("QAT from 1 kept in float")
 
 
 def planted(**more) -> Ladder:

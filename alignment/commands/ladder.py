@@ -171,9 +171,11 @@ def _steps(
         file = partial or making.keep_float(base)
         kept = kept_float(start, (), [file], asked)
         base = with_quantization(kept, {"keep_float": base.quantization.keep_float})
-    run = f"align quantize {start.arguments} --policy {base.quantization.policy}"
+    run = f"align quantize {start.arguments}{_options(start, base)}"
     steps = [Step("FP32", base, int8=False, how="as it is")]
-    steps.append(Step("PTQ", base, how="quantized after training, by the recipe below", command=f"{run} --out DIR"))
+    # No option takes back what the variant's own recipe keeps in float.
+    whole = f"{run} --out DIR" if base.quantization.keep_float == start.quantization.keep_float else ""
+    steps.append(Step("PTQ", base, how="quantized after training, by the recipe below", command=whole))
     if kept is not None:
         how = f"the same with {len(kept.quantization.keep_float)} nodes named to stay float"
         steps.append(Step("partial", kept, how=how, command=f"{run} --keep-float {file} --out DIR"))
@@ -185,6 +187,17 @@ def _steps(
         replace(step, name=f"{step.name} ({number})") if names[step.name] > 1 else step
         for number, step in enumerate(steps, 1)
     ]
+
+
+def _options(start: Variant, base: Variant) -> str:
+    """What makes `align quantize` follow this recipe in place of the variant's own; nodes in float are not part."""
+    own, asked = (variant.quantization.model_dump(exclude={"keep_float", "trained"}) for variant in (start, base))
+    words = ""
+    for field, value in asked.items():
+        option = field.replace("_", "-")
+        if value != own[field]:
+            words += f" --{'no-' if value is False else ''}{option}" + ("" if isinstance(value, bool) else f" {value}")
+    return words
 
 
 def _print(found: Ladder) -> None:

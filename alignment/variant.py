@@ -23,9 +23,9 @@ ZOO = Path(__file__).parent / "zoo"
 class MMYoloSource(Strict):
     """An mmyolo config with a checkpoint.
 
-    `config` is a path inside mmyolo's own ``configs`` folder, or a file (relative to the YAML file); `options` are
-    dotted keys that override it, as ``--cfg-options`` does; `imports` are modules to import first, which may register
-    further model classes.
+    `config` is a path inside mmyolo's own ``configs`` folder, or a file (relative to the YAML file), which is then an
+    absolute path here; `options` are dotted keys that override it, as ``--cfg-options`` does; `imports` are modules to
+    import first, which may register further model classes.
     """
 
     kind: Literal["mmyolo"]
@@ -150,8 +150,11 @@ class Variant(Strict):
     @classmethod
     def _expand(cls, source: Any, info: ValidationInfo) -> Any:
         folder = (info.context or {}).get("folder", Path.cwd())
-        if isinstance(source, dict):
-            source = {**source, **{k: _path(source[k], folder) for k in ("checkpoint", "file") if k in source}}
+        if not isinstance(source, dict):
+            return source
+        source = {**source, **{k: _path(source[k], folder) for k in ("checkpoint", "file") if k in source}}
+        if isinstance(source.get("config"), str) and (own := _path(source["config"], folder)).is_file():
+            source["config"] = str(own.absolute())
         return source
 
     @field_validator("quantization", mode="before")
@@ -229,6 +232,9 @@ class Variant(Strict):
             source.pop(key, None)
         if isinstance(self.source, OnnxSource):
             source["head"] = settled(self.source.head)
+        elif Path(self.source.config).is_absolute():
+            # Where the file lies means nothing.
+            source["config"] = hashlib.sha256(Path(self.source.config).read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from alignment.report import ladder
 from alignment.results import Alignment, CaseResult
 
 HEADING = "largest error of boxes, px / of scores / change of AP"
 
 
 def to_markdown(alignment: Alignment) -> str:
-    """The accuracy of every case against its reference, variants that were not run left out."""
+    """The accuracy of every case against its reference, variants that were not run left out; then ladders to int8."""
+    tables = [ladder.to_markdown(one) for one in alignment.ladders]
+    return "\n".join([*([_cases(alignment)] if alignment.cases or not tables else []), *tables])
+
+
+def _cases(alignment: Alignment) -> str:
     by_variant: dict[str, dict[str, CaseResult]] = {}
     for case in sorted(alignment.cases, key=_order):
         if case.scores:

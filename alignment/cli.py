@@ -1,5 +1,5 @@
-"""``align``: run, table, export, quantize, sensitivity, partial, qat, culprit, layers, explain, inspect, variants,
-doctor, schema, synthetic.
+"""``align``: run, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers, explain, inspect,
+variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -34,6 +34,7 @@ from alignment.commands.console import (
 from alignment.commands.culprit import culprit
 from alignment.commands.explain import explain
 from alignment.commands.inspect import inspect
+from alignment.commands.ladder import ladder
 from alignment.commands.partial import partial
 from alignment.commands.qat import qat
 from alignment.commands.quantize import quantize
@@ -129,7 +130,8 @@ def export(
         str, typer.Option(help="decoded (boxes and scores), raw (of the last convolutions) or both")
     ] = "decoded",
     nms: Annotated[
-        str | None, typer.Option(help="end the graph in efficient_nms (TensorRT's plugin) or onnx_nms")
+        str | None,
+        typer.Option(help="end the graph in efficient_nms (TensorRT's plugin), onnx_nms, or efficient_nms_rotated"),
     ] = None,
     topk: Annotated[
         int | None, typer.Option(help="with --nms: only so many rows of best score go on to it; default: all")
@@ -149,7 +151,7 @@ def export(
     chosen = sized(load_variant(variant), size)
     head = None if nms is None else NmsHead(nms, chosen.nms)  # type: ignore[arg-type]
     if head:
-        require_boxes(chosen)
+        require_boxes(chosen, head.kind)
     stem = f"{chosen.name}.{head.kind}" if head else chosen.name
     model = write(chosen, out_dir, ExportOptions(opset, batch, outputs), stem)  # type: ignore[arg-type]
     for note in end_in_nms(model.onnx, head, topk) if head else ():
@@ -216,6 +218,7 @@ app.command()(reported(sensitivity))
 app.command()(reported(culprit))
 app.command()(reported(partial))
 app.command()(reported(qat))
+app.command()(reported(ladder))
 app.command()(reported(explain))
 app.command()(reported(inspect))
 

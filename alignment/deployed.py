@@ -9,7 +9,7 @@ import numpy as np
 
 from alignment.engine.capabilities import Capabilities
 from alignment.export.nms_head import ROWS, Kind, NmsHead
-from alignment.nms.implementations import FLOOR, efficient_nms, onnx_nms
+from alignment.nms.implementations import FLOOR, efficient_nms, efficient_nms_rotated, onnx_nms
 from alignment.nms.multiclass import Detections
 from alignment.nms.semantics import Semantics
 
@@ -38,6 +38,8 @@ def deployed_semantics(head: NmsHead, version: str | None) -> Semantics:
     """What the NMS of a graph does; `version` is TensorRT's."""
     if head.kind == "onnx_nms":
         found = onnx_nms(head.nms.score_threshold, head.nms.iou_threshold, head.nms.max_per_image)
+    elif head.kind == "efficient_nms_rotated":
+        found = efficient_nms_rotated(head.attributes)
     else:
         ability = Capabilities.of(version) if version else Capabilities.current()
         found = efficient_nms(head.attributes, ability.nms_candidates)
@@ -48,7 +50,7 @@ def seen_pairs(named: dict[str, np.ndarray], kind: Kind) -> Seen:
     """What the graph's NMS kept of one image, of the graph's outputs by name."""
     all_boxes, scores = named["boxes"][0], named["scores"][0]
     classes = scores.shape[1]
-    if kind == "efficient_nms":
+    if kind != "onnx_nms":
         count = int(named["num_dets"][0, 0])
         boxes, labels, values = (named[name][0][:count] for name in ("det_boxes", "det_labels", "det_scores"))
         pairs = _matched(boxes, labels, values, all_boxes, scores)

@@ -26,7 +26,8 @@ from alignment.models.outputs import to_outputs
 from alignment.nms.causes import WRONG_SETTINGS, Divergence, Limits, Moved, Side
 from alignment.nms.explain import explain
 from alignment.nms.implementations import mmyolo
-from alignment.nms.multiclass import Detections, iou_matrix
+from alignment.nms.multiclass import Detections, overlaps
+from alignment.nms.rotated import upright
 from alignment.nms.semantics import run
 from alignment.pipeline import boxes_of, write_picture
 from alignment.referee import MovedReferee
@@ -34,14 +35,15 @@ from alignment.results import CauseCount, ExplainedBox, Explanation, WorstImage
 from alignment.risk import Risk
 from alignment.runners.base import Runner
 from alignment.runners.open import open_model, open_runner
-from alignment.runners.record import BOX_STEP, SCORE_STEP, Candidates, Record
+from alignment.runners.record import ANGLE_STEP, BOX_STEP, SCORE_STEP, Candidates, Record
 from alignment.variant import Nms, Variant, load_variant
 
 #: How many boxes are shown as pictures, and from which IoU on other boxes are drawn in them.
 CROPS, NEAR = 12, 0.3
 Progress = Callable[[int], None]
-#: The NMS that each backend runs at the end of its graph.
+#: The NMS that each backend runs at the end of its graph, and both where boxes are rotated.
 HEADS: dict[str, Kind] = {"onnxruntime": "onnx_nms", "tensorrt": "efficient_nms"}
+ROTATED_HEAD: Kind = "efficient_nms_rotated"
 
 
 @dataclass
@@ -79,6 +81,11 @@ class Explained:
         return Counter(d.cause for found in self.divergences.values() for d in found)
 
 
+def head_kind(variant: Variant, backend: str) -> Kind:
+    """The NMS that the graph of `variant` ends in on `backend`."""
+    return ROTATED_HEAD if variant.rotated else HEADS[backend]
+
+
 def explain_variant(
     variant: Variant,
     backend: str,
@@ -93,7 +100,7 @@ def explain_variant(
     """Runs mmyolo's NMS on the reference's outputs, and a graph that ends in NMS on `backend`.
 
     Args:
-        variant: horizontal boxes, with a torch model or a bare ONNX file of decoded outputs.
+        variant: with a torch model or a bare ONNX file of decoded outputs.
         backend: ``onnxruntime`` or ``tensorrt``.
         samples: images.
         golden: folder of golden values, whose limits say how far inputs may move.
@@ -109,7 +116,7 @@ def explain_variant(
     require_boxes(variant)
     variant = variant.model_copy(update={"nms": _changed(variant.nms, changes)})
     model = onnx.load(exported(variant, ExportOptions(outputs="decoded")).onnx)
-    head = NmsHead(HEADS[backend], _changed(variant.nms, deployed), keep=True)
+    head = NmsHead(head_kind(variant, backend), _changed(variant.nms, deployed), keep=True)
     count, notes = lint(topk, model, head)
     head = replace(head, topk=count)
     case = Case(variant.name, backend, "fp32")  # type: ignore[arg-type]
@@ -127,7 +134,7 @@ def explain_variant(
             named = subject.run(sample.tensor[None])
             seen = seen_pairs(named, head.kind)
             rows = named[ROWS][0] if ROWS in named else None
-            one = Side(mmyolo(variant.nms), ours.boxes[0], ours.scores[0])
+            one = Side(mmyolo(variant.nms, variant.rotated), ours.boxes[0], ours.scores[0])
             other = Side(semantics, named["boxes"][0], named["scores"][0], seen.kept, rows, seen.faults)
             differing = referee.judged(sample, one, other, explain(one, other, allowed, sample.transform))
             found.divergences[sample.entry.id] = differing
@@ -136,7 +143,8 @@ def explain_variant(
             if progress:
                 progress(found.images)
     found.detections = risk.counts[0], risk.counts[1]
-    found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in risk.sides.items()}
+    if samples.dataset.truth["annotations"]:
+        found.ap = {name: coco_ap(samples.dataset, detections)[0] for name, detections in risk.sides.items()}
     if out is not None:
         found.crops = _crops(found, risk, samples, out)
     return found
@@ -153,7 +161,7 @@ def _changed(nms: Nms, changes: dict[str, float] | None) -> Nms:
 def _allowed(golden: Path, *cases: tuple[Case, dict[str, Any]]) -> Limits:
     """How far inputs of these cases may move, each with its provenance: the widest of their golden limits."""
     held_to = [limits(read_golden(golden, case.variant), case, place).tolerances for case, place in cases]
-    return Limits(*(max(one[name].value for one in held_to) for name in ("boxes", "scores")))
+    return Limits(**{name: max(one[name].value for one in held_to) for name in ("boxes", "scores", "angles")})  # type: ignore[arg-type]
 
 
 def _crops(found: Explained, risk: Risk, samples: Samples, out: Path) -> list[WorstImage]:
@@ -168,13 +176,17 @@ def _crops(found: Explained, risk: Risk, samples: Samples, out: Path) -> list[Wo
         owner = 0 if len(has[0]) else 1
         box = sides[owner].boxes[has[owner][0]]
         pixels = read_image(entries[image].path)
-        left, top, right, bottom = _around(box, pixels.shape)
+        left, top, right, bottom = _around(upright(box[None])[0], pixels.shape)
         picture = f"pictures/{samples.variant.name}-differing-{index}.jpg"
         write_picture(pixels[top:bottom, left:right], out / picture)
         shown = []
         for side, own in zip(sides, has, strict=True):
-            near = np.flatnonzero((iou_matrix(box[None], side.boxes)[0] > NEAR) & (side.labels == d.label))
-            moved = side.boxes[near] - np.array([left, top, left, top], np.float32)
+            near = np.flatnonzero((overlaps(box[None], side.boxes)[0] > NEAR) & (side.labels == d.label))
+            moved = side.boxes[near].copy()
+            # The centre of a rotated box, both corners of another.
+            moved[:, :2] -= np.array([left, top], np.float32)
+            if moved.shape[1] == 4:
+                moved[:, 2:] -= np.array([left, top], np.float32)
             part = Detections(moved, side.scores[near], side.labels[near], side.rows[near])
             shown.append(boxes_of(part, ~np.isin(near, own), names, least=-np.inf))
         crops.append(
@@ -239,13 +251,13 @@ def explain_records(reference: Path, subject: Path, golden: Path, progress: Prog
         raise AlignError(f"{reference}: of another {variant.name} than the zoo's", "record it anew")
     places = [record.result.provenance if record.result else {} for record in (one, other)]
     widest = _allowed(golden, *zip(cases, places, strict=True))
-    allowed = Limits(widest.boxes + BOX_STEP, widest.scores + SCORE_STEP)
+    allowed = Limits(widest.boxes + BOX_STEP, widest.scores + SCORE_STEP, widest.angles + ANGLE_STEP)
     moved: Moved = "numeric" if all(case.precision == "fp32" for case in cases) else "precision"
     found, kept = Explained(), [0, 0]
     for image in one.digests:
         sides, threshold = _from_candidates(one.candidates[image], other.candidates[image], variant.classes)
         nms = variant.nms.model_copy(update={"score_threshold": max(threshold, variant.nms.score_threshold)})
-        semantics = replace(mmyolo(nms), frame="input", classes="apart", split=None)
+        semantics = replace(mmyolo(nms, variant.rotated), frame="input", classes="apart", split=None)
         ours, theirs = (
             Side(semantics, *side, faults=_recorded_faults(record, image, threshold, variant.classes))
             for side, record in zip(sides, (one, other), strict=True)
@@ -272,7 +284,7 @@ def _from_candidates(
     threshold = max(one.floor, other.floor)
     sides = []
     for own, others in ((one, other), (other, one)):
-        boxes = np.zeros((rows.max(initial=0) + 1, 4), np.float32)
+        boxes = np.zeros((rows.max(initial=0) + 1, own.boxes.shape[1]), np.float32)
         scores = np.zeros((len(boxes), classes), np.float32)
         boxes[others.rows], boxes[own.rows] = others.boxes, own.boxes
         scores[others.rows, others.labels] = np.minimum(others.scores, np.float32(threshold))

@@ -33,7 +33,7 @@ _PACKAGES = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One line of the doctor's report."""
 
     what: str
@@ -41,34 +41,34 @@ class Finding:
     detail: str
 
 
-def examine() -> Iterator[Finding]:
+def examine() -> Iterator[Diagnosis]:
     """Looks at Python, packages, TensorRT, compilers, data and golden files; runs no model."""
-    yield Finding("python", "ok", sys.version.split()[0])
+    yield Diagnosis("python", "ok", sys.version.split()[0])
     for name, mend in _PACKAGES.items():
         try:
-            yield Finding(name, "ok", importlib.metadata.version(name))
+            yield Diagnosis(name, "ok", importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "missing", mend)
+            yield Diagnosis(name, "missing", mend)
     yield _compiled_ops()
     reason = capabilities.missing()
     if reason is None:
-        yield Finding("tensorrt", "ok", capabilities.Capabilities.current().version)
+        yield Diagnosis("tensorrt", "ok", capabilities.Capabilities.current().version)
     else:
-        yield Finding("tensorrt", "missing", f"{reason}; committed records are replayed instead")
+        yield Diagnosis("tensorrt", "missing", f"{reason}; committed records are replayed instead")
     yield _versions()
     yield from _plugin_tools()
     data = data_dir()
-    yield Finding(
+    yield Diagnosis(
         "real data",
         "ok" if (data / "coco").is_dir() else "missing",
         f"{data}" if (data / "coco").is_dir() else f"{data / 'coco'} does not exist: set ALIGN_DATA or give --data",
     )
     records = sorted((golden_dir() / "records").glob("*.json"))
-    yield Finding("records", "ok" if records else "note", f"{len(records)} to replay in {golden_dir() / 'records'}")
-    yield Finding("cache", "ok" if os.access(_existing(cache_dir()), os.W_OK) else "missing", str(cache_dir()))
+    yield Diagnosis("records", "ok" if records else "note", f"{len(records)} to replay in {golden_dir() / 'records'}")
+    yield Diagnosis("cache", "ok" if os.access(_existing(cache_dir()), os.W_OK) else "missing", str(cache_dir()))
 
 
-def _versions() -> Finding:
+def _versions() -> Diagnosis:
     """On which TensorRT the code was run, by the committed records, and which it was only held to by API names."""
     golden = golden_dir()
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((golden / "records").glob("*.json"))]
@@ -77,28 +77,28 @@ def _versions() -> Finding:
     listed = sorted((path.stem for path in (golden / "trt_api").glob("*.json")), key=lambda v: int(v.split(".")[0]))
     by_name = [version for version in listed if not any(ran.startswith(version) for ran in executed)]
     detail = f"executed: {', '.join(executed) or 'none'}; checked by API name only: {', '.join(by_name) or 'none'}"
-    return Finding("tensorrt versions", "note", detail)
+    return Diagnosis("tensorrt versions", "note", detail)
 
 
-def _plugin_tools() -> Iterator[Finding]:
+def _plugin_tools() -> Iterator[Diagnosis]:
     """What compiles the plugin for rotated boxes."""
     try:
-        yield Finding("nvcc", "ok", str(plugins.find_nvcc()))
+        yield Diagnosis("nvcc", "ok", str(plugins.find_nvcc()))
     except AlignError as error:
-        yield Finding("nvcc", "missing", f"for the plugin of rotated boxes: {error}")
+        yield Diagnosis("nvcc", "missing", f"for the plugin of rotated boxes: {error}")
     try:
         headers = plugins.find_tensorrt_headers()
-        yield Finding("tensorrt headers", "ok", f"{plugins.headers_version(headers)} in {headers}")
+        yield Diagnosis("tensorrt headers", "ok", f"{plugins.headers_version(headers)} in {headers}")
     except AlignError as error:
-        yield Finding("tensorrt headers", "missing", f"for the plugin of rotated boxes: {error}")
+        yield Diagnosis("tensorrt headers", "missing", f"for the plugin of rotated boxes: {error}")
 
 
-def _compiled_ops() -> Finding:
+def _compiled_ops() -> Diagnosis:
     if importlib.util.find_spec("mmcv") is None:
-        return Finding("mmcv ops", "missing", _PACKAGES["mmyolo"])
+        return Diagnosis("mmcv ops", "missing", _PACKAGES["mmyolo"])
     if importlib.util.find_spec("mmcv._ext") is not None:
-        return Finding("mmcv ops", "ok", "compiled mmcv")
-    return Finding("mmcv ops", "note", "mmcv-lite: the pure-torch stand-in serves NMS, rotated IoU and focal loss")
+        return Diagnosis("mmcv ops", "ok", "compiled mmcv")
+    return Diagnosis("mmcv ops", "note", "mmcv-lite: the pure-torch stand-in serves NMS, rotated IoU and focal loss")
 
 
 def _existing(path: Path) -> Path:

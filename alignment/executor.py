@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -14,6 +15,7 @@ from alignment.errors import AlignError
 #: Seconds that a scheduler has to answer.
 ANSWER = 10
 AGAIN = "run again, with fewer workers"
+STARTED = "start one, and run again: what is done is kept"
 
 
 @contextmanager
@@ -26,7 +28,8 @@ def open_executor(workers: int = 1, scheduler: str | None = None) -> Iterator[Ex
             folders under the same names: what they read lies in ``ALIGN_CACHE``.
 
     Raises:
-        AlignError: for a scheduler that does not answer, `distributed` that is missing, and a worker that died.
+        AlignError: for a scheduler that does not answer or goes away, `distributed` that is missing, and a worker that
+            died.
     """
     if scheduler is not None:
         if workers > 1:
@@ -49,7 +52,10 @@ def _dask(address: str) -> Iterator[Executor]:
     if find_spec("distributed") is None:
         raise AlignError(f"--scheduler {address}: distributed is not installed", "pip install 'distributed>=2024.1'")
     from distributed import Client, KilledWorker
+    from distributed.comm import CommClosedError
 
+    # What it has to say of a lost connection is a traceback, and said below.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         client = Client(address, timeout=ANSWER)
     except (OSError, ValueError) as error:
@@ -61,3 +67,5 @@ def _dask(address: str) -> Iterator[Executor]:
         except KilledWorker as error:
             reason = " ".join(str(error).split())[:160]
             raise AlignError(f"--scheduler {address}: {reason}", AGAIN) from None
+        except (CancelledError, CommClosedError):
+            raise AlignError(f"--scheduler {address}: it went away", STARTED) from None

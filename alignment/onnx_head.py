@@ -87,7 +87,8 @@ class Yolov5RawHead(Strict):
 
 
 class End2EndHead(Strict):
-    """The graph ends in NMS; boxes are x1, y1, x2, y2 in pixels of the network input.
+    """The graph ends in NMS; boxes are x1, y1, x2, y2 in pixels of the network input.  Rotated ones are one wider, cx,
+    cy, w, h, angle, and the second form is the only one for them.
 
     Either one `output`: [B, K, 6] (box, score, label), or [n, 7] (batch index, box, label, score).  Or, as
     EfficientNMS_TRT has them, `count` [B, 1], `boxes` [B, K, 4], `scores` and `labels` [B, K].  A graph that does not

@@ -16,6 +16,7 @@ import numpy as np
 from alignment.case import Case, reference_of, twin_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import SCORE, Agreement, agree
+from alignment.compare.dota_map import dota_scores
 from alignment.compare.measure import Measured, TensorErrors, count_agreement
 from alignment.compare.verdict import NOT_FINITE, doubts, first_difference, judge, wrong_side
 from alignment.data.coco import CocoDataset, read_image
@@ -192,7 +193,7 @@ def _judge_sides(
             matched=matched,
             total=total,
             nonfinite=side.errors.nonfinite,
-            scores=_scores(side, None if is_reference else reference, by_case, aps, samples.dataset),
+            scores=_scores(side, None if is_reference else reference, by_case, aps, samples.dataset, variant.rotated),
             notes=_notes(variant, is_reference and not referee.detections),
         )
         held_to = limits(golden, side.case, side.runner.provenance, len(samples))
@@ -234,9 +235,13 @@ def _scores(
     by_case: dict[Case, _Side],
     aps: dict[Case, tuple[float, float]],
     dataset: CocoDataset,
+    rotated: bool,
 ) -> Scores:
     ap, ap50 = aps[side.case]
     found = Scores(subject_ap=ap, subject_ap50=ap50)
+    if rotated:
+        other = None if reference is None else reference.detections
+        found.dota = dota_scores(dataset, side.detections, other)
     if reference is None:
         return found
     found.reference_ap = aps[reference.case][0]
@@ -275,8 +280,10 @@ def explain(result: CaseResult, variant: Variant) -> str:
             parts.append(f"AP against the reference's detections {result.scores.agreement_ap:.4f}")
         if result.scores and result.scores.twin_agreement_ap is not None:
             parts.append(f"against {result.scores.twin} {result.scores.twin_agreement_ap:.4f}")
-        if result.scores:
+        if result.scores and result.scores.subject_ap >= 0:
             parts.append(f"AP {result.scores.subject_ap:.4f}")
+        if result.scores and result.scores.dota:
+            parts.append(f"DOTA's AP50 {result.scores.dota.ap50:.4f}")
         return ", ".join(parts)
     stage = next(s for s in result.stages if s.name == result.first_difference)
     check = next(c for c in stage.checks if not c.ok)

@@ -51,7 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the suite."""
     group = parser.getgroup("alignment")
     group.addoption("--variant", action="append", metavar="NAME", help="variant or YAML file; repeatable; default: all")
-    group.addoption("--data", type=Path, help="COCO-layout root, for variants on COCO; default $ALIGN_DATA/coco")
+    group.addoption(
+        "--data",
+        type=Path,
+        help="COCO-layout root, for variants on COCO, or DOTA's tiles, for rotated boxes; default below $ALIGN_DATA",
+    )
     group.addoption("--images", type=_count, help="the first so many images only")
     group.addoption("--golden", type=Path, help="folder of golden values; default: the packaged one")
     group.addoption("--update-golden", metavar="REASON", help="write what is measured as golden, for REASON")

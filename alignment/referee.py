@@ -11,6 +11,7 @@ from alignment.data.samples import Sample
 from alignment.errors import AlignError
 from alignment.models.outputs import Outputs, detections_of, to_outputs
 from alignment.nms.causes import Divergence, Side
+from alignment.nms.moved import box_distances
 from alignment.nms.multiclass import Detections
 from alignment.runners.base import Runner
 from alignment.runners.open import open_referee
@@ -86,8 +87,12 @@ def with_truth(d: Divergence, truth: Outputs, reference: Side, subject: Side) ->
         if index:
             true = getattr(truth, name)[0].reshape(shape)[list(index)]
             values = (getattr(side, name).reshape(shape)[list(index)] for side in (reference, subject))
-            ours, theirs = (float(np.abs(value - true).max()) for value in values)
+            ours, theirs = (float(_distance(name, value, true).max()) for value in values)
             nearer = "reference" if ours <= theirs else "subject"
             far = f"the reference is {ours:.3g} from it, the subject {theirs:.3g}"
             said.append(f"float64 of the {name} is nearer to the {nearer}: {far}")
     return replace(d, replay="; ".join(said))
+
+
+def _distance(name: str, value: np.ndarray, true: np.ndarray) -> np.ndarray:
+    return np.abs(value - true) if name == "scores" else np.stack(list(box_distances(value, true).values()))

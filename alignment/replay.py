@@ -9,6 +9,7 @@ import numpy as np
 from alignment.case import Case, reference_of, twin_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.compare.detections import agree
+from alignment.compare.dota_map import dota_scores
 from alignment.compare.measure import UNITS, Measured, comparable, count_agreement, split_angles
 from alignment.compare.tensors import ErrorAccumulator, count_nonfinite
 from alignment.compare.verdict import doubts, first_difference, judge, wrong_side
@@ -99,6 +100,8 @@ def _scores(record: Record, reference: Record, twin: Record | None, samples: Sam
     ours, theirs = ({i: r.detections[i] for i in images} for r in (record, reference))
     ap, ap50 = coco_ap(samples.dataset, ours)
     found = Scores(reference_ap=coco_ap(samples.dataset, theirs)[0], subject_ap=ap, subject_ap50=ap50)
+    if record.rotated:
+        found.dota = dota_scores(samples.dataset, ours, theirs)
     if "quantization" in record.identity:
         found.agreement_ap = agreement_ap(samples.dataset, theirs, ours)
     if twin is not None:

@@ -103,16 +103,28 @@ class WorstImage(_Model):
     subject: list[Box] = []
 
 
-class Scores(_Model):
-    """COCO AP of both sides, 0..1; `subject_ap50` at IoU 0.5.
+class DotaScores(_Model):
+    """mAP of rotated boxes by DOTA's protocol, 0..1: `ap` over IoU 0.50:0.95, `ap50` at 0.5, both by VOC 2007's 11
+    recalls; `area_ap50` is `ap50` by the area under the curve.  `reference_ap50` is that of the reference."""
 
-    `agreement_ap` is the subject's AP with the reference's detections of score >= 0.3 as truth.  `twin` is the case
-    that computes the same graph node by node, where there is one.
+    ap: float
+    ap50: float
+    area_ap50: float
+    reference_ap50: float | None = None
+
+
+class Scores(_Model):
+    """COCO AP of both sides, 0..1; `subject_ap50` at IoU 0.5.  -1 on images without truth.
+
+    `dota` is there where boxes are rotated and truth is known.  `agreement_ap` is the subject's AP with the reference's
+    detections of score >= 0.3 as truth.  `twin` is the case that computes the same graph node by node, where there is
+    one.
     """
 
     reference_ap: float | None = None
     subject_ap: float
     subject_ap50: float
+    dota: DotaScores | None = None
     agreement_ap: float | None = None
     twin: str | None = None
     twin_ap: float | None = None
@@ -220,6 +232,63 @@ class Explanation(_Model):
     notes: list[str] = []
 
 
+class RungScore(_Model):
+    """What a rung is worth on one backend: AP, 0..1, −1 without truth, and `agreement_ap` with the ladder's reference.
+
+    `key` stands for graph and images; `provenance` says with what it was measured.
+    """
+
+    backend: str
+    ap: float
+    agreement_ap: float
+    key: str = ""
+    provenance: dict[str, Any] = {}
+
+
+class Rung(_Model):
+    """One step from float to int8.
+
+    `how`: what was done, in words; `command`: what makes it, for `align run`; `float_nodes`: how many nodes with learnt
+    weights stay float; `int8_macs`: the share of all multiplications with learnt weights that are done in int8, 0..1.
+    """
+
+    name: str
+    how: str = ""
+    command: str = ""
+    float_nodes: int
+    int8_macs: float
+    scores: list[RungScore] = []
+
+    def on(self, backend: str) -> RungScore | None:
+        """Its score on a backend, where it has one."""
+        return next((score for score in self.scores if score.backend == backend), None)
+
+
+class Ladder(_Model):
+    """Float, post-training quantization, partial quantization and training of one variant, on the same images.
+
+    `reference` is the case that agreement is held to, and FP32's rung the one that AP is; `missing` says of a backend
+    why it was not measured.
+    """
+
+    variant: str
+    images: int
+    reference: str
+    recipe: dict[str, Any] = {}
+    rungs: list[Rung] = []
+    missing: dict[str, str] = {}
+
+    @property
+    def backends(self) -> list[str]:
+        """Those that any rung was measured on."""
+        return list(dict.fromkeys(score.backend for rung in self.rungs for score in rung.scores))
+
+    def ap_change(self, rung: Rung, backend: str) -> float | None:
+        """AP less that of FP32 on the same backend; None where one of them is not there, or has no truth."""
+        score, start = rung.on(backend), self.rungs[0].on(backend) if self.rungs else None
+        return score.ap - start.ap if score and start and min(score.ap, start.ap) >= 0 else None
+
+
 class Alignment(_Model):
     """One RUN: ``alignment.json``.  `timing` is in seconds."""
 
@@ -231,6 +300,7 @@ class Alignment(_Model):
     timing: dict[str, float] = {}
     cases: list[CaseResult] = []
     explanations: list[Explanation] = []
+    ladders: list[Ladder] = []
 
     @property
     def aligned(self) -> bool:

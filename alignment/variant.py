@@ -23,9 +23,9 @@ ZOO = Path(__file__).parent / "zoo"
 class MMYoloSource(Strict):
     """An mmyolo config with a checkpoint.
 
-    `config` is a path inside mmyolo's own ``configs`` folder, or a file (relative to the YAML file); `options` are
-    dotted keys that override it, as ``--cfg-options`` does; `imports` are modules to import first, which may register
-    further model classes.
+    `config` is a path inside mmyolo's own ``configs`` folder, or a file (relative to the YAML file), which is then an
+    absolute path here; `options` are dotted keys that override it, as ``--cfg-options`` does; `imports` are modules to
+    import first, which may register further model classes.
     """
 
     kind: Literal["mmyolo"]
@@ -150,8 +150,11 @@ class Variant(Strict):
     @classmethod
     def _expand(cls, source: Any, info: ValidationInfo) -> Any:
         folder = (info.context or {}).get("folder", Path.cwd())
-        if isinstance(source, dict):
-            source = {**source, **{k: _path(source[k], folder) for k in ("checkpoint", "file") if k in source}}
+        if not isinstance(source, dict):
+            return source
+        source = {**source, **{k: _path(source[k], folder) for k in ("checkpoint", "file") if k in source}}
+        if isinstance(source.get("config"), str) and (own := _path(source["config"], folder)).is_file():
+            source["config"] = str(own.absolute())
         return source
 
     @field_validator("quantization", mode="before")
@@ -180,8 +183,9 @@ class Variant(Strict):
     @model_validator(mode="after")
     def _head_fits(self) -> Variant:
         layout = self.source.head.layout if isinstance(self.source, OnnxSource) else None
-        if layout and self.rotated and layout not in ("decoded", "yolov8"):
-            raise ValueError(f"boxes: no rotated ones in source.head.layout {layout!r}, but in 'decoded' and 'yolov8'")
+        if layout and self.rotated and layout not in ("decoded", "yolov8", "end2end"):
+            known = "'decoded', 'yolov8' and 'end2end'"
+            raise ValueError(f"boxes: no rotated ones in source.head.layout {layout!r}, but in {known}")
         if self.ends_in_nms and self.nms != Nms():
             raise ValueError("nms: source.head.layout 'end2end' has its NMS in the graph: remove nms")
         return self
@@ -228,6 +232,9 @@ class Variant(Strict):
             source.pop(key, None)
         if isinstance(self.source, OnnxSource):
             source["head"] = settled(self.source.head)
+        elif Path(self.source.config).is_absolute():
+            # Where the file lies means nothing.
+            source["config"] = hashlib.sha256(Path(self.source.config).read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -47,10 +47,9 @@ class Images:
 
 def bare(job: dict[str, Any]) -> Callable[[], None]:
     """All images through the graph as it is, in a session with calibration's options, or ONNX Runtime's own."""
-    import onnx
     from onnxruntime import InferenceSession
 
-    from alignment.quantize.calibrate import open_session
+    from alignment.runners.onnxruntime import open_session
 
     images = Images(job["images"], job["count"], job["input"])
 
@@ -58,7 +57,7 @@ def bare(job: dict[str, Any]) -> Callable[[], None]:
         if job["option"]:
             session = InferenceSession(job["model"], providers=["CPUExecutionProvider"])
         else:
-            session = open_session(onnx.load(job["model"]), Path(job["model"]))
+            session = open_session(Path(job["model"]), job["model"], spin=False)
         for image in images:
             session.run(None, {job["input"]: image})
 

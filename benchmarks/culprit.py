@@ -25,11 +25,11 @@ import typer
 from alignment.case import reference_of
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
-from alignment.engine.candidates import Candidate, Fault, NodeByNode, Simulated, TensorRT
 from alignment.engine.culprit import find
 from alignment.engine.delta import cut
 from alignment.engine.gap import THRESHOLD, Comparison, Reference
 from alignment.engine.patterns import find_patterns
+from alignment.engine.qdq_backends import Fault, NodeByNode, QdqBackend, Simulated, TensorRT
 from alignment.models.outputs import detections_of, to_outputs
 from alignment.nms.multiclass import Detections
 from alignment.quantize.pairs import QdqGraph
@@ -50,7 +50,7 @@ Level = Annotated[int, typer.Option(help="builder optimization level")]
 Blocks = Annotated[int, typer.Option(help="runs of nodes that are looked at first")]
 
 
-def candidate_of(variant: Variant, backend: str, level: int) -> Candidate:
+def candidate_of(variant: Variant, backend: str, level: int) -> QdqBackend:
     """The backend under test; simulated, it has noise and no faults."""
     return TensorRT(variant, level) if backend == "tensorrt" else Simulated(seed=1)
 
@@ -158,7 +158,7 @@ def natural(
         written(out, variant, name, backend, fields, threshold, blocks)
 
 
-def scores(variant: Variant, sides: dict[str, tuple[Candidate | NodeByNode, onnx.ModelProto]]) -> dict[str, Any]:
+def scores(variant: Variant, sides: dict[str, tuple[QdqBackend | NodeByNode, onnx.ModelProto]]) -> dict[str, Any]:
     """AP, and agreement with FP32, of each side, and how far the second agrees with the first."""
     samples = open_samples(variant)
     with open_runner(variant, reference_of(variant)) as runner:
@@ -172,7 +172,7 @@ def scores(variant: Variant, sides: dict[str, tuple[Candidate | NodeByNode, onnx
     return measured | {"mutual_agreement": agreement_ap(samples.dataset, first, second)}
 
 
-def _detections(variant: Variant, backend: Candidate | NodeByNode, model: onnx.ModelProto) -> dict[int, Detections]:
+def _detections(variant: Variant, backend: QdqBackend | NodeByNode, model: onnx.ModelProto) -> dict[int, Detections]:
     found: dict[int, Detections] = {}
     waiting: list[Any] = []
     samples = open_samples(variant)

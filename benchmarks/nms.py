@@ -71,7 +71,8 @@ def opencv(boxes: np.ndarray, scores: np.ndarray) -> Callable[[], Any]:
     def call() -> Any:
         rows, labels = np.divmod(np.flatnonzero(scores.ravel() > SCORE), scores.shape[1])
         xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)[rows]
-        return cv2.dnn.NMSBoxesBatched(xywh, scores[rows, labels], labels.astype(np.int32), SCORE, IOU, top_k=30000)  # type: ignore[arg-type]  # takes arrays too
+        batched: Any = cv2.dnn.NMSBoxesBatched  # which is said to take sequences alone
+        return batched(xywh, scores[rows, labels], labels.astype(np.int32), SCORE, IOU, top_k=30000)
 
     return call
 

@@ -10,8 +10,9 @@ import onnx
 from onnx import numpy_helper
 from test_placement import tiny
 
-from alignment.inspection.node_graph import QUANTIZING, NodeGraph
+from alignment.inspection.node_graph import NodeGraph
 from alignment.inspection.saved import Inspection
+from alignment.quantize.graph import QUANTIZING
 from alignment.quantize.placement import PolicyName, place
 from alignment.quantize.qdq import write_qdq
 

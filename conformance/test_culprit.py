@@ -16,11 +16,11 @@ from onnx import ModelProto
 from typer.testing import CliRunner
 
 from alignment.data.samples import open_samples
-from alignment.engine.candidates import HALF_NOISE, Fault, Simulated, TensorRT
 from alignment.engine.capabilities import missing
 from alignment.engine.culprit import find
 from alignment.engine.delta import cut, search
 from alignment.engine.gap import THRESHOLD, Comparison, Reference
+from alignment.engine.qdq_backends import HALF_NOISE, Fault, Simulated, TensorRT
 from alignment.errors import AlignError, BuildError
 from alignment.quantize.pairs import QdqGraph
 from alignment.quantize.recipe import quantize

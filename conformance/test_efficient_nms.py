@@ -16,7 +16,7 @@ from alignment.nms.implementations import FLOOR, efficient_nms, prepared
 from alignment.nms.semantics import run
 from alignment.variant import golden_dir
 
-pytestmark = pytest.mark.nms
+pytestmark = [pytest.mark.nms, pytest.mark.plugin]
 SCENES = scenes()
 FOLDER = golden_dir() / "efficient_nms"
 RECORDED = sorted(path.stem for path in FOLDER.glob("*.json"))

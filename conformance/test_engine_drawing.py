@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 from test_placement import graphs, tiny
 
 from alignment.inspection.draw import GAP, STYLES, WIDTH, draw
+from alignment.inspection.findings import KINDS, find
 from alignment.inspection.saved import Inspection, load_inspection
+from alignment.report.engine import render_engines
 from alignment.variant import golden_dir
 
 pytestmark = pytest.mark.culprit
@@ -153,6 +157,37 @@ def test_two_files_beside_each_other(tmp_path):
     assert result.exit_code == 0, result.output
     left, right = lanes((tmp_path / "int8-against-float.svg").read_text())
     assert (len(left), len(right)) == (7, 3)
+
+
+def test_page_of_two_engines(tmp_path):
+    """The drawing, every finding, and the nodes that run in another precision; nothing from elsewhere, no script."""
+    paths = [path for path in sorted((golden_dir() / "engines").glob("yolov8_n-*.engine.json")) if "int8" in path.name]
+    result = align("inspect", *paths, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    (page,) = (path.read_text() for path in tmp_path.glob("*.html"))
+    made = [load_inspection(path) for path in paths]
+    assert page.count("<svg") == 1
+    assert "<script" not in page
+    assert set(re.findall(r"https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}
+    for one in made:
+        found = find(one)
+        for kind in KINDS:
+            assert page.count(f'<tr><th scope="row">{kind}</th><td class="number">') >= 2
+        assert all(html.escape(finding.why, quote=False) in html.unescape(page) for finding in found)
+        assert f"{len(one.engine_graph.layers)} layers" in page
+    left, right = (one.engine_graph.precisions.mapped for one in made)
+    others = {node for node in left if node in right and left[node].runs_in != right[node].runs_in}
+    assert others
+    assert f"{len(others)} nodes in another precision" in page
+    rows = re.findall(r'<tr><th scope="row">([^<]+)</th><td>(\w+)</td><td>(\w+)</td></tr>', page)
+    assert {(node, left[node].runs_in, right[node].runs_in) for node in others} == set(rows)
+
+
+def test_page_with_markup_in_names():
+    made = engine(layer("<script>", "Softmax", "x:Half", "y:Half", ()))
+    page = render_engines([made])
+    assert "<script>" not in page
+    assert "nodes in another precision" not in page
 
 
 def test_recorded_engines_side_by_side():

@@ -289,7 +289,7 @@ def test_files_of_one_case_are_told_apart_by_their_names(tmp_path):
     for path in paths:
         clean().save(path)
     assert align("inspect", *paths[:2], "--out", tmp_path / "both").exit_code == 0
-    names = ["a-against-b.svg", "a.findings.json", "b.findings.json"]
+    names = ["a-against-b.html", "a-against-b.svg", "a.findings.json", "b.findings.json"]
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == names
     result = align("inspect", paths[0], paths[2], "--out", tmp_path / "twice")
     assert result.exit_code == 2

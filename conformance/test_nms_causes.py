@@ -40,10 +40,9 @@ def agrees(d: Divergence, reference: Side, subject: Side, transform: Transform |
     for one in proof.scores:
         place = divmod(one, scores.shape[1])
         scores[place] = other.scores[place]
-    order = other if proof.order else own
-    fates = run(
-        dataclasses.replace(own.semantics, **taken), boxes, scores, transform, order.seen, first_rows=order.seen_rows
-    )
+    order, rounding = (other if taken_over else own for taken_over in (proof.order, "iou_rounding" in taken))
+    seen = order.seen, order.seen_rows, rounding.seen
+    fates = run(dataclasses.replace(own.semantics, **taken), boxes, scores, transform, *seen)
     replayed = pair in (fates.rows * scores.shape[1] + fates.labels)[fates.kept]
     return replayed == (pair in kept(other, transform))
 
@@ -98,6 +97,7 @@ PLANTED: dict[str, tuple[Side, Side]] = {
     "iou_threshold": changed(scattered(), iou_threshold=0.7),
     "iou_threshold_edge": sides(MMCV, torchvision_nms(0.25, 0.6, 300), *AT_SIX),
     "iou_comparison": changed(AT_HALF, iou_inclusive=True),
+    "iou_rounding": sides(BASE, dataclasses.replace(BASE, iou_rounding=1e-5), *AT_HALF, [0]),
     "degenerate_box": changed(([[10, 10, 0, 0], [0, 0, 10, 10]], [[0.9], [0.8]]), reorder=True),
     "multi_label": changed(FALLING, multi_label=False),
     "background": changed(OVERLAPPING, background=1),

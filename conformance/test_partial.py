@@ -23,13 +23,13 @@ from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.quantize import scoring
 from alignment.quantize.candidates import Candidates
-from alignment.quantize.keep_float import read_keep_float, write_keep_float
+from alignment.quantize.keep_float import adopted, read_keep_float, write_keep_float
 from alignment.quantize.partial import Goal, Point, budget, frontier, partial
 from alignment.quantize.ranking import rank_correlations, spearman
 from alignment.quantize.scoring import Score, Scorer
 from alignment.quantize.search import Kept, Search, worth
 from alignment.quantize.sensitivity import LayerSensitivity, Sensitivity
-from alignment.variant import load_variant, with_quantization
+from alignment.variant import Quantization, load_variant, with_quantization
 
 pytestmark = pytest.mark.sensitivity
 NAMES = "abcdefgh"
@@ -272,7 +272,8 @@ class TestFile:
     def test_round_trip(self, graph, tmp_path):
         path = tmp_path / "keep_float.yaml"
         write_keep_float(path, "v", graph, {"b*": "why: so", "a[0]": "", "é": "x" * 300, "c: d": "#"})
-        assert read_keep_float(path, graph) == ["b*", "a[0]", "é", "c: d"]
+        assert read_keep_float(path, graph).names == ["b*", "a[0]", "é", "c: d"]
+        assert read_keep_float(path, graph).said == {}
         fields = yaml.safe_load(path.read_text())
         assert fields["graph_sha256"] == file_digest(graph)
         assert fields["nodes"][0] == {"node": "b*", "reason": "why: so"}
@@ -287,6 +288,10 @@ class TestFile:
             ("{graph_sha256: DIGEST, variant: v, nodes: [a]}", r"nodes\.0: "),
             ("{graph_sha256: DIGEST, variant: v, nodes: [{node: x, reason: y}]}", "no node of the graph is named 'x'"),
             ("{graph_sha256: beef, variant: v8, nodes: []}", "made for v8's graph beef, but"),
+            (
+                "{graph_sha256: DIGEST, variant: v, recipe: {policy: all}, nodes: []}",
+                r"recipe\.policy: Input should be",
+            ),
         ],
     )
     def test_refused(self, graph, tmp_path, text, message):
@@ -296,6 +301,59 @@ class TestFile:
         with pytest.raises(AlignError, match=rf"keep\.yaml: {message}") as refused:
             read_keep_float(path, graph)
         assert "\n" not in str(refused.value)
+
+
+class TestRecipeOfAFile:
+    OWN = Quantization(images=8)
+
+    def file(self, graph, path, **fields) -> dict:
+        recipe = Quantization(**{"images": 8, "keep_float": ["not part of it"], **fields})
+        write_keep_float(path, "v", graph, {}, recipe)
+        return {path: read_keep_float(path, graph)}
+
+    @pytest.fixture
+    def graph(self, tmp_path):
+        path = tmp_path / "graph.onnx"
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), path)
+        return path
+
+    def test_the_same_is_nothing_to_tell(self, graph, tmp_path):
+        changes, lines = adopted(self.OWN, self.file(graph, tmp_path / "k.yaml"), {})
+        assert self.OWN.model_copy(update=changes) == self.OWN
+        assert lines == []
+
+    def test_another_is_taken(self, graph, tmp_path):
+        file = self.file(graph, tmp_path / "k.yaml", policy="full", bias_correction=True)
+        changes, lines = adopted(self.OWN, file, {})
+        assert self.OWN.model_copy(update=changes) == Quantization(images=8, policy="full", bias_correction=True)
+        (line,) = lines
+        assert line.endswith(
+            "k.yaml: its recipe is taken: policy full, bias_correction True (the variant's own: policy tensorrt, "
+            "bias_correction False)"
+        )
+
+    def test_what_is_asked_for_goes_first(self, graph, tmp_path):
+        file = self.file(graph, tmp_path / "k.yaml", policy="full")
+        changes, lines = adopted(self.OWN, file, {"policy": "conv-only"})
+        assert changes["policy"] == "conv-only"
+        assert [line.partition("k.yaml: ")[2] for line in lines] == [
+            "found with policy full, but asked for is policy conv-only"
+        ]
+        assert adopted(self.OWN, file, {"policy": "full"})[1] == []
+
+    def test_files_that_differ(self, graph, tmp_path):
+        files = self.file(graph, tmp_path / "a.yaml", policy="full") | self.file(graph, tmp_path / "b.yaml")
+        with pytest.raises(
+            AlignError, match=r"a\.yaml and \S+b\.yaml: found with policy full and tensorrt: give files"
+        ):
+            adopted(self.OWN, files, {})
+        assert adopted(self.OWN, files, {"policy": "full"})[0]["policy"] == "full"
+
+    def test_fields_that_a_hand_left_out_are_the_variants(self, graph, tmp_path):
+        path = tmp_path / "k.yaml"
+        text = f"{{graph_sha256: {file_digest(graph)}, variant: v, recipe: {{method: minmax}}, nodes: []}}"
+        path.write_text(text)
+        assert adopted(self.OWN, {path: read_keep_float(path, graph)}, {})[0] == {"method": "minmax"}
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +425,16 @@ class TestCandidates:
         parts = [candidates.int8_share(set(candidates.nodes) - {node}) for node in candidates.nodes]
         assert sum(parts) == pytest.approx(candidates.int8_share())
 
+    def test_identity(self, yolov8, monkeypatch):
+        """Of one graph the same, and of every other another; nothing is calibrated for it."""
+        pytest.importorskip("torch")
+        monkeypatch.setattr("alignment.quantize.recipe.calibrate", None)
+        changes = ({}, {"method": "minmax"}, {"images": 3}, {"rounding": "adaround"}, {"bias_correction": True})
+        variants = [with_quantization(yolov8.variant, change) for change in changes]
+        seen = [Candidates(v).identity(kept) for v in variants for kept in ((), yolov8.candidates.nodes[:1])]
+        assert len({json.dumps(identity, sort_keys=True) for identity in seen}) == len(seen) == 10
+        assert Candidates(yolov8.variant).identity(()) == seen[0]
+
     def test_what_moves_values_follows(self, yolov8):
         """With all readers of a Concat in float, neither it nor what feeds it is quantized any more."""
         candidates = yolov8.candidates
@@ -400,6 +468,18 @@ class TestPartial:
         assert third.runs == 0
         # One run of each is the float network, which detections of others are held to.
         assert (killed.runs - 1) + (second.runs - 1) == len(found["points"])
+
+    def test_sets_that_are_known_are_not_quantized_again(self, yolov8, own_scores, monkeypatch):
+        """Where weights are searched for, that would be a reconstruction a set."""
+
+        def search() -> dict:
+            scorer = Scorer(yolov8.variant, images=2)
+            return partial(Candidates(yolov8.variant), scorer, yolov8.ranking, Goal("layers", 1), tries=2).report()
+
+        found, quantized = search(), []
+        monkeypatch.setattr(Candidates, "quantized", lambda self, kept: quantized.append(kept))
+        assert search() == found
+        assert quantized == []
 
     def test_latency(self, yolov8):
         scorer, nodes = Scorer(yolov8.variant, images=2), []
@@ -472,7 +552,9 @@ class TestCommand:
         assert all(entry["reason"].startswith("rank ") for entry in kept)
         assert report["chosen"] in report["points"]
         taken = next(line for line in runs[0].stdout.splitlines() if line.startswith("it is taken by: align quantize"))
-        assert align("quantize", *taken.split()[6:-1], tmp_path / "q").exit_code == 0
+        again = align("quantize", *taken.split()[6:-1], tmp_path / "q")
+        assert again.exit_code == 0, again.output
+        assert "keep_float.yaml: its recipe is taken: policy conv-only (" in again.stdout
         scorer = Scorer(load_variant("yolov8_embedded"), images=2)
         score = scorer.score(onnx.load(tmp_path / "q" / "yolov8_embedded.qdq.onnx"))
         assert scorer.runs == 0
@@ -481,7 +563,7 @@ class TestCommand:
     def test_the_recipes_own_nodes_are_written_too(self, yolov8, tmp_path):
         found = partial(yolov8.candidates, Scorer(yolov8.variant, images=2), yolov8.ranking, Goal("layers", 1), tries=1)
         found.save(tmp_path)
-        names = read_keep_float(tmp_path / "keep_float.yaml", yolov8.candidates.source)
+        names = read_keep_float(tmp_path / "keep_float.yaml", yolov8.candidates.source).names
         assert set(names) == {*found.found.chosen, *yolov8.candidates.kept_by_recipe}
         bare = with_quantization(yolov8.variant, {"keep_float": names})
         same = Candidates(bare).quantized(()).model

@@ -20,7 +20,7 @@ from alignment.engine.capabilities import missing
 from alignment.errors import AlignError
 from alignment.export.nms_head import NmsHead, with_nms
 from alignment.export.onnx_export import ExportOptions, exported
-from alignment.export.plugin_nms import before_plugin, ends_in_plugin, plugin_of
+from alignment.export.plugin_nms import before_plugin, plugin_in, plugin_of
 from alignment.models.outputs import detections_of, to_outputs
 from alignment.nms.multiclass import Detections
 from alignment.pipeline import RunOptions, align_live
@@ -29,7 +29,7 @@ from alignment.runners.open import open_runner
 from alignment.variant import ZOO, Nms, Variant, load_variant
 
 pytest.importorskip("mmyolo")
-pytestmark = [pytest.mark.nms, pytest.mark.xdist_group("export")]
+pytestmark = [pytest.mark.nms, pytest.mark.plugin, pytest.mark.xdist_group("export")]
 IMAGES = 5
 NMS = Nms(score_threshold=0.02, iou_threshold=0.6, max_per_image=50)
 HEADS = {
@@ -219,8 +219,8 @@ def test_another_form_is_refused(tmp_path: Path, change: Callable[[onnx.ModelPro
 
 def test_a_file_that_is_no_onnx_has_no_plugin(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"\xff no protobuf")
-    assert not ends_in_plugin(tmp_path / "a.onnx")
-    assert not ends_in_plugin(tmp_path / "absent.onnx")
+    assert not plugin_in(tmp_path / "a.onnx")
+    assert not plugin_in(tmp_path / "absent.onnx")
 
 
 def test_the_graph_before_the_plugin_is_a_valid_one(variant):

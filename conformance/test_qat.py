@@ -377,13 +377,21 @@ class TestCommand:
 
     def test_a_variant_comes_out_that_runs_by_every_route(self, light, tmp_path):
         kept = next(iter(n for n in onnx.load(exported(light.variant).onnx).graph.node if n.op_type == "Conv")).name
-        partial = tmp_path / "partial"
-        write_keep_float(partial / "keep_float.yaml", "yolov5_embedded", exported(light.variant).onnx, {kept: "first"})
+        partial, recipe_then = (
+            tmp_path / "partial",
+            light.variant.quantization.model_copy(update={"policy": "conv-only"}),
+        )
+        write_keep_float(
+            partial / "keep_float.yaml", "yolov5_embedded", exported(light.variant).onnx, {kept: "first"}, recipe_then
+        )
         result = align("qat", "yolov5_embedded", "--out", tmp_path / "out", "--from", partial, *self.ONE)
         assert result.exit_code in (0, 1), result.output
         own = load_variant(tmp_path / "out" / "yolov5_embedded_qat.yaml")
         assert own.name == "yolov5_embedded_qat"
-        assert own.quantization.keep_float == [kept]
+        assert own.quantization == recipe_then.model_copy(
+            update={"keep_float": [kept], "trained": own.quantization.trained}
+        )
+        assert "its recipe is taken: policy conv-only" in result.stdout
         assert not list((tmp_path / "out").glob("*checkpoint*"))
         quantized = recipe.quantize(own)
         assert quantized.placement.float_nodes[kept].startswith("keep-float")
@@ -396,6 +404,27 @@ class TestCommand:
         run = align("run", tmp_path / "out" / "yolov5_embedded_qat.yaml", "--precision", "int8", "--images", 2)
         assert "yolov5_embedded_qat-onnxruntime-int8-qdq" in run.output
         assert run.exit_code in (0, 1)
+
+    def test_a_config_that_is_a_file_is_found_from_anywhere(self, light, tmp_path, monkeypatch):
+        """The config lies beside the variant's YAML, and is named by that alone."""
+        from alignment.models.mmyolo_source import load_config
+
+        given, config = tmp_path / "given", load_config(light.variant)
+        given.mkdir()
+        config.dump(given / "config.py")
+        fields = light.variant.model_dump(mode="json", exclude_defaults=True)
+        fields["source"] = {**fields["source"], "config": "config.py", "options": {}}
+        (given / "mine.yaml").write_text(yaml.safe_dump({**fields, "name": "mine"}))
+        monkeypatch.chdir(given)
+        result = align("qat", "mine.yaml", "--out", "../out", *self.ONE)
+        assert result.exit_code in (0, 1), result.output
+        own = load_variant("../out/mine_qat.yaml")
+        here = recipe.quantize(own).model
+        monkeypatch.chdir("/")
+        elsewhere = load_variant(tmp_path / "out" / "mine_qat.yaml")
+        assert elsewhere.fingerprint() == own.fingerprint() == load_variant(given / "mine.yaml").fingerprint()
+        assert elsewhere.fingerprint() != light.variant.fingerprint()
+        assert recipe.quantize(elsewhere).model == here
 
     def test_divergence_is_one_line_and_status_1(self, tmp_path):
         result = align("qat", "yolov5_embedded", "--out", tmp_path, "--lr", 1000, *self.ONE)

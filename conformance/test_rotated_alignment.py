@@ -20,6 +20,7 @@ from alignment.results import Alignment, Box, CaseResult
 from alignment.runners.record import ANGLE_STEP, BOX_STEP, Record, record_path
 from alignment.variant import Nms, Variant, load_variant
 
+pytestmark = pytest.mark.rotated
 IMAGES = 3
 NAME = "rtmdet_r_embedded"
 TRT = Case(NAME, "tensorrt", "fp32")

@@ -19,6 +19,8 @@ from alignment.golden import DEFAULTS, Quantity
 from alignment.models.outputs import Outputs
 from alignment.nms.multiclass import Detections
 
+pytestmark = pytest.mark.rotated
+
 
 def detections(*rows: tuple) -> Detections:
     """Rows of (box, score, label)."""

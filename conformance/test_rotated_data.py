@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignment.case import Case
 from alignment.data.dota import open_dota, smallest_rectangle
 from alignment.data.samples import Samples, dataset_root, open_samples
 from alignment.errors import AlignError
+from alignment.golden import read_golden, update
 from alignment.nms.rotated import corners, rotated_iou
+from alignment.pipeline import RunOptions, align_live
 from alignment.storage import data_dir
 from alignment.variant import ZOO, load_variant
 
+pytestmark = pytest.mark.rotated
 NAME = "rtmdet_r_embedded"
 
 
@@ -92,6 +96,37 @@ def test_dota_gets_rotated_boxes_from_its_quadrilaterals(tmp_path):
     assert [entry.path for entry in dataset.images] == [tmp_path / "images" / "a.png"]
     assert dataset.class_names == ["ship"]
     np.testing.assert_allclose(dataset.truth["annotations"][0]["rbox"], [4, 2, 8, 4, 0], atol=1e-6)
+
+
+def test_tiles_stand_for_the_images_of_any_rotated_variant(tmp_path):
+    root, rotated, upright = dota(tmp_path), load_variant(NAME), load_variant("rtmdet_embedded")
+    assert dataset_root(rotated, root) == root
+    assert dataset_root(upright, root) != root
+    samples = open_samples(rotated, root, 1)
+    assert [entry.file_name for entry in samples.dataset.images] == ["a.png"]
+    assert samples.dataset.split == "dota8"
+    assert (len(samples.dataset.category_ids), samples.dataset.truth["annotations"]) == (6, [])
+    of_one = open_samples(rotated.model_copy(update={"classes": 1}), root)
+    assert len(of_one.dataset.truth["annotations"]) == 1, "its classes may be DOTA's"
+    with pytest.raises(AlignError, match="1 categories, but rtmdet_r_embedded has 6 classes"):
+        open_samples(rotated.model_copy(update={"dataset": "dota"}), root)
+
+
+def test_a_run_on_images_without_truth_scores_nothing(tmp_path):
+    pytest.importorskip("mmyolo")
+    pytest.importorskip("mmrotate")
+    variant, samples = load_variant(NAME), open_samples(load_variant(NAME), dota(tmp_path))
+    case = Case(NAME, "onnxruntime", "fp32")
+    ((result,), _) = align_live(variant, [case], samples, RunOptions(golden=tmp_path / "golden", referee_images=1))
+    assert result.status == "pass", result.reason
+    assert "AP" not in result.reason
+    (stage,) = (stage for stage in result.stages if stage.name == "map")
+    assert (stage.status, stage.note, stage.checks) == ("not_checked", "no truth to score detections against", [])
+    assert result.doubts == []
+    update(tmp_path / "golden", result, {"fingerprint": "f"}, "a try")
+    (written,) = read_golden(tmp_path / "golden", NAME).cases.values()
+    assert written.ap is None
+    assert "boxes" in written.tolerances
 
 
 @pytest.mark.parametrize("poly", [[1, 2, 3], "none", None, [[1, 2], [3]]])

@@ -20,6 +20,7 @@ from alignment.variant import Nms, Variant
 pytest.importorskip("mmyolo")
 pytest.importorskip("mmrotate")
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.rotated
 
 # Scores of random weights crowd around 0.5.
 NMS = Nms(score_threshold=0.8, iou_threshold=0.1, nms_pre=2000, max_per_image=2000)

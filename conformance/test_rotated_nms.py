@@ -10,13 +10,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from alignment.data.preprocess import Transform
 from alignment.nms import rotated
+from alignment.nms.implementations import mmyolo
 from alignment.nms.multiclass import by_class
 from alignment.nms.rotated import corners, rotated_iou, rotated_iou_matrix
 from alignment.nms.semantics import Fate, Fates, run
 from alignment.variant import Nms
 
-pytestmark = pytest.mark.nms
+pytestmark = [pytest.mark.nms, pytest.mark.rotated]
 shapely = pytest.importorskip("shapely")
 MANY = settings(max_examples=300, deadline=None)
 
@@ -235,6 +237,34 @@ def test_nms_of_many_boxes_equals_the_stand_in_for_mmcv(classes, threshold, span
     assert kept == theirs.tolist()
     assert len(kept) < 500
     assert kept_of(found, labels, threshold, 7) == kept[:7]
+
+
+@pytest.mark.parametrize("classes", [1, 15])
+@pytest.mark.parametrize("changes", [{}, {"nms_pre": 60}, {"max_per_image": 20}, {"iou_threshold": 0.5}])
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.37, 0.371)])
+def test_mmyolos_rotated_semantics_are_mmdets_filter_and_mmcvs_nms(classes, changes, scale):
+    """Class offsets of some thousand pixels round the boxes, and the way back to the image does."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("mmyolo")
+    from alignment.models.mmyolo_source import require_mmyolo
+
+    require_mmyolo()
+    from mmcv.ops import batched_nms
+    from mmdet.models.utils import filter_scores_and_topk
+
+    rng = np.random.default_rng(8)
+    found = np.repeat(random_boxes(60, 9, 500.0), 4, 0) + rng.normal(0, [2, 2, 2, 2, 0.1], (240, 5))
+    found = np.abs(found[rng.permutation(240)]).astype(np.float32)
+    scores = rng.permutation(np.linspace(0, 1, 240 * classes)).reshape(240, classes).astype(np.float32) ** 4
+    settings_ = Nms(score_threshold=0.05, iou_threshold=0.1, nms_pre=2000, max_per_image=2000)
+    nms, transform = settings_.model_copy(update=changes), Transform(scale, (0.0, 0.0), (800, 800))
+    values, labels, rows, _ = filter_scores_and_topk(torch.from_numpy(scores), nms.score_threshold, nms.nms_pre)
+    placed = torch.from_numpy(transform.to_original(found[rows.numpy()]))
+    _, kept = batched_nms(placed, values, labels, {"type": "nms_rotated", "iou_threshold": nms.iou_threshold})
+    pairs = (rows * classes + labels).numpy()[kept.numpy()][: nms.max_per_image]
+    fates = run(mmyolo(nms, True), found, scores, transform)
+    assert len(pairs) > 10
+    np.testing.assert_array_equal((fates.rows * classes + fates.labels)[fates.kept], pairs)
 
 
 def test_boxes_that_are_not_finite_or_empty_suppress_nothing():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,13 +28,14 @@ from test_placement import graphs, tiny
 from alignment.data.samples import open_samples
 from alignment.errors import AlignError
 from alignment.executor import open_executor
-from alignment.quantize.layer_job import Store, open_plainly
+from alignment.quantize.layer_job import Store
 from alignment.quantize.placement import place
 from alignment.quantize.qdq import write_qdq
 from alignment.quantize.recipe import Quantized, quantize
 from alignment.quantize.sensitivity import METRICS, Sensitivity
 from alignment.quantize.suffix import Unchanged
 from alignment.quantize.sweep import sweep
+from alignment.runners.onnxruntime import open_session
 from alignment.variant import Variant, load_variant, with_quantization
 
 pytestmark = pytest.mark.sensitivity
@@ -112,7 +117,8 @@ def test_suffixes_of_random_graphs(model, data):
 
 
 def values(model: onnx.ModelProto, feeds: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
-    return dict(zip(names, open_plainly(model).run(names, feeds) if names else [], strict=True))
+    session = open_session(model, "cut", optimize=False, threads=1)
+    return dict(zip(names, session.run(names, feeds) if names else [], strict=True))
 
 
 def test_a_suffix_holds_no_more_than_it_needs():
@@ -194,6 +200,75 @@ def test_a_worker_of_a_cluster_that_dies_is_one_line():
     # Raised here: a worker that is killed in earnest is started anew by its nanny, and closing meets it halfway.
     with pytest.raises(AlignError, match="run again, with fewer workers"), cluster():
         raise distributed.KilledWorker("layer", SimpleNamespace(address="tcp://127.0.0.1:1"), 3)
+
+
+@contextmanager
+def scheduler(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A scheduler with a worker, each a process of its own; its address, and its process."""
+    pytest.importorskip("distributed")
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    told, quiet = folder / "scheduler.json", ("--no-dashboard",)
+    options = {"env": {**os.environ, "PYTHONPATH": paths}, "stderr": subprocess.DEVNULL}
+
+    def start(kind: str, *arguments: object) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-m", f"distributed.cli.dask_{kind}", *map(str, arguments)], **options)
+
+    with start("scheduler", "--port", 0, "--scheduler-file", told, *quiet) as head:
+        try:
+            for _ in range(300):
+                if told.is_file() and told.stat().st_size:
+                    break
+                time.sleep(0.1)
+            with start("worker", "--scheduler-file", told, "--nthreads", 1, "--no-nanny", *quiet) as worker:
+                try:
+                    yield json.loads(told.read_text())["address"], head
+                finally:
+                    worker.kill()
+        finally:
+            head.kill()
+
+
+def test_a_scheduler_that_goes_away_is_one_line_and_what_is_done_is_kept(head, tmp_path, capfd):
+    path = tmp_path / "s.json"
+    with scheduler(tmp_path) as (address, process):
+
+        def lose(stage: str, done: int, total: int) -> None:
+            if (stage, done) == ("layers", 3):
+                process.kill()
+
+        line = rf"^--scheduler {address}: it went away: start one, and run again: what is done is kept$"
+        with pytest.raises(AlignError, match=line), open_executor(scheduler=address) as pool:
+            head.swept(path, executor=pool, progress=lose)
+    assert "Traceback" not in capfd.readouterr().err
+    assert 3 <= len(Sensitivity.load(path).layers) < 12
+    assert head.swept(path) == head.swept(tmp_path / "whole")
+
+
+class TestStore:
+    def test_what_is_written_is_read(self, tmp_path):
+        store, rows = Store(tmp_path, 3), np.random.default_rng(0).normal(size=(3, 1, 2, 5)).astype(np.float32)
+        for image, row in enumerate(rows):
+            store.write(image, {"a": row, "b": row.transpose(0, 2, 1) > 0})
+        assert np.array_equal(store.read("a"), rows)
+        assert np.array_equal(store.read("b"), rows.transpose(0, 1, 3, 2) > 0)
+
+    def test_another_shape(self, tmp_path):
+        store = Store(tmp_path, 2)
+        store.write(0, {"a": np.zeros((1, 2))})
+        with pytest.raises(AlignError, match=r"tensor a: \(1, 3\), but \(1, 2\) before: give a fixed input size"):
+            store.write(1, {"a": np.zeros((1, 3))})
+
+    def test_a_disk_that_is_full_is_one_line(self, head, tmp_path, monkeypatch):
+        """What Linux has for this purpose: every write fails for lack of room."""
+        full = Path("/dev/full")
+        if not full.exists():
+            pytest.skip("no /dev/full here")
+        monkeypatch.setattr(Store, "_path", lambda self, name: full)
+        with pytest.raises(
+            AlignError, match=r"^/dev/full: No space left on device: make room there, or set ALIGN_CACHE"
+        ):
+            head.swept(tmp_path / "s.json", 1)
+        assert not list(tmp_path.glob("*.work"))
 
 
 def test_files_that_a_worker_does_not_see(tmp_path):

@@ -43,7 +43,7 @@ def test_every_namesake_is_met():
 
 def test_uses_are_found():
     assert {path.name for path, source in SOURCES.items() if imports_tensorrt(ast.parse(source))} == {
-        *("build.py", "capabilities.py", "execute.py", "int8.py", "log.py", "tensorrt.py")
+        *("build.py", "capabilities.py", "execute.py", "int8.py", "log.py", "registry.py", "tensorrt.py")
     }
     names = {use.name for source in SOURCES.values() for use in uses(source, OPAQUE)}
     expected = {"Builder.build_serialized_network", "BuilderFlag.TF32", "IBuilderConfig.builder_optimization_level"}

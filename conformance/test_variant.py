@@ -120,7 +120,7 @@ WRONG = {
     "rotated boxes of a layout that has none": (
         ".",
         {"source": {**GOOD["source"], "head": YOLOX}, "boxes": "rotated"},
-        ["boxes", "'yolox'", "'decoded' and 'yolov8'"],
+        ["boxes", "'yolox'", "'decoded', 'yolov8' and 'end2end'"],
     ),
     "name with a slash": ("name", "a/b", ["name", "'a/b'"]),
     "variable that is not set": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -26,7 +26,7 @@ from rich.table import Table
 from alignment.errors import AlignError
 from alignment.results import Alignment
 from alignment.storage import require_folder
-from alignment.variant import PLAIN, Variant, resized
+from alignment.variant import PLAIN, Variant, resized, with_quantization
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -35,7 +35,10 @@ _UNLIMITED = 100_000
 
 VariantName = Annotated[str, typer.Argument(help="name of a variant of the zoo, or YAML file")]
 Data = Annotated[
-    Path | None, typer.Option(help="folder in COCO layout, for variants on COCO; default: $ALIGN_DATA/coco")
+    Path | None,
+    typer.Option(
+        help="folder in COCO layout, for variants on COCO, or of DOTA's tiles, for rotated boxes; default: $ALIGN_DATA"
+    ),
 ]
 Images = Annotated[int | None, typer.Option(min=1, help="only the first so many images")]
 Size = Annotated[
@@ -78,6 +81,27 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
 def recipe_changes(plain: bool, policy: str | None) -> dict[str, Any]:
     """What ``--plain`` and ``--policy`` change in a variant's recipe."""
     return {**(PLAIN if plain else {}), **({"policy": policy} if policy else {})}
+
+
+def kept_float(variant: Variant, patterns: Iterable[str], files: Iterable[Path], asked: dict[str, Any]) -> Variant:
+    """The variant by the recipe that was asked for, with other nodes in float; what a file's recipe changes is printed.
+
+    Args:
+        variant: to quantize.
+        patterns: ONNX nodes, with wildcards.
+        files: ``keep_float.yaml`` files, or their folders, which bring the recipe that they were found with.
+        asked: fields of the recipe.
+    """
+    from alignment.export.onnx_export import exported
+    from alignment.quantize.keep_float import KEEP_FLOAT, adopted, read_keep_float
+
+    paths = [path / KEEP_FLOAT if path.is_dir() else path for path in files]
+    found = {path: read_keep_float(path, exported(variant).onnx) for path in paths}
+    changes, lines = adopted(variant.quantization, found, asked)
+    for line in lines:
+        out.print(line, markup=False)
+    nodes = [*patterns, *(name for file in found.values() for name in file.names)]
+    return with_quantization(variant, {**changes, **({"keep_float": nodes} if nodes or found else {})})
 
 
 def sized(variant: Variant, size: str | None) -> Variant:

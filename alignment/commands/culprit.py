@@ -16,10 +16,10 @@ from alignment.errors import AlignError
 from alignment.variant import Variant, load_variant
 
 if TYPE_CHECKING:
-    from alignment.engine.candidates import Candidate
     from alignment.engine.culprit import Culprit, Verdict
     from alignment.engine.gap import Comparison
-    from alignment.engine.patterns import Finding
+    from alignment.engine.patterns import Suspicion
+    from alignment.engine.qdq_backends import QdqBackend
     from alignment.quantize.pairs import QdqGraph
 
 
@@ -56,10 +56,10 @@ def culprit(
 
     Exit status: 0 no gap, 1 a gap, 2 wrong input.  A search that was killed goes on where it was.
     """
-    from alignment.engine.candidates import TensorRT
     from alignment.engine.culprit import find
     from alignment.engine.gap import Comparison, Reference
     from alignment.engine.patterns import find_patterns
+    from alignment.engine.qdq_backends import TensorRT
     from alignment.export.onnx_export import exported, modules_of
 
     require_folders({"--out": out_dir})
@@ -77,30 +77,31 @@ def culprit(
 
         comparison = Comparison(subject, asked, candidate, threshold, progress=move)
         verdict = find(comparison, blocks, _weights(subject), modules, limit)
-        deployed = None
-        if isinstance(candidate, TensorRT) and verdict.culprits and deployed_level != level:
-            again = Comparison(subject, asked, TensorRT(chosen, deployed_level), threshold, comparison.own)
-            deployed = {
-                "level": deployed_level,
-                "gap": again.gap(again.units),
-                "mended": again.gap(_kept(again, verdict)),
-            }
+        confirms = isinstance(candidate, TensorRT) and verdict.culprits and deployed_level != level
+        deployed = _deployed(chosen, comparison, verdict, deployed_level) if confirms else None
     patterns = find_patterns(subject, modules)
     _print(chosen, comparison, verdict, patterns, blocks)
     if deployed:
-        level_gap, level_mended = deployed["gap"], deployed["mended"]
-        agrees = level_gap > threshold >= level_mended
-        what = "confirmed" if agrees else "not confirmed"
-        out.print(
-            f"{what} at level {deployed_level}: gap {level_gap:.2f}, without them {level_mended:.2f}", markup=False
-        )
+        what = "confirmed" if deployed["gap"] > threshold >= deployed["mended"] else "not confirmed"
+        gaps = f"gap {deployed['gap']:.2f}, without them {deployed['mended']:.2f}"
+        out.print(f"{what} at level {deployed_level}: {gaps}", markup=False)
     if out_dir:
         _write(out_dir, chosen, comparison, verdict, patterns, deployed)
     raise typer.Exit(0 if not verdict.culprits and verdict.found.closed else 1)
 
 
-def _candidate(variant: Variant, backend: str, faults: list[str], level: int) -> Candidate:
-    from alignment.engine.candidates import Fault, Simulated, TensorRT
+def _deployed(variant: Variant, searched: Comparison, verdict: Verdict, level: int) -> dict[str, float]:
+    """The gap, and what is left of it without the culprits, in engines of another level."""
+    from alignment.engine.gap import Comparison
+    from alignment.engine.qdq_backends import TensorRT
+
+    backend, threshold = TensorRT(variant, level), searched.threshold
+    again = Comparison(searched.subject, searched.reference, backend, threshold, searched.own)
+    return {"level": level, "gap": again.gap(again.units), "mended": again.gap(_kept(again, verdict))}
+
+
+def _candidate(variant: Variant, backend: str, faults: list[str], level: int) -> QdqBackend:
+    from alignment.engine.qdq_backends import Fault, Simulated, TensorRT
 
     if faults and backend != "simulated":
         raise AlignError(f"--fault {faults[0]}: TensorRT has faults of its own", "take --backend simulated")
@@ -137,7 +138,7 @@ def _kept(comparison: Comparison, verdict: Verdict) -> list[str]:
     return [unit for unit in comparison.units if unit not in verdict.found.removal]
 
 
-def _print(variant: Variant, comparison: Comparison, verdict: Verdict, patterns: list[Finding], blocks: int) -> None:
+def _print(variant: Variant, comparison: Comparison, verdict: Verdict, patterns: list[Suspicion], blocks: int) -> None:
     found, backend = verdict.found, comparison.candidate.identity["backend"]
     lines = [
         f"{variant.name}: {len(comparison.units)} nodes read int8; a set of them is bad where {backend} is more than "
@@ -188,7 +189,7 @@ def _write(
     variant: Variant,
     comparison: Comparison,
     verdict: Verdict,
-    patterns: list[Finding],
+    patterns: list[Suspicion],
     deployed: dict[str, float] | None,
 ) -> None:
     """``culprit.json``, and where there are culprits ``<variant>.repaired.onnx``, whose pairs are those that remain."""

@@ -16,15 +16,17 @@ from alignment.commands.console import (
     Data,
     Golden,
     Images,
+    Size,
     out,
     print_table,
     progress_bar,
     require_folders,
+    sized,
     write_report,
 )
 from alignment.errors import AlignError
 from alignment.results import ExplainedBox, Explanation
-from alignment.variant import golden_dir, load_variant
+from alignment.variant import Variant, golden_dir, load_variant
 
 _RANK = re.compile(r", rank \d+$")
 
@@ -34,7 +36,10 @@ def explain(
         list[str], typer.Argument(metavar="VARIANT | RECORD RECORD", help="a variant, or the JSON files of two records")
     ],
     backend: Annotated[
-        str, typer.Option(help="onnxruntime (ends in NonMaxSuppression) or tensorrt (EfficientNMS_TRT)")
+        str,
+        typer.Option(
+            help="onnxruntime (NonMaxSuppression) or tensorrt (EfficientNMS_TRT); rotated: EfficientNMSRotated_TRT"
+        ),
     ] = "onnxruntime",
     data: Data = None,
     images: Images = None,
@@ -42,6 +47,7 @@ def explain(
     deployed_score_threshold: Annotated[float | None, typer.Option(help="another one for the deployed NMS")] = None,
     deployed_iou_threshold: Annotated[float | None, typer.Option(help="another one for the deployed NMS")] = None,
     topk: Annotated[int | None, typer.Option(help="only so many rows go on to the deployed NMS; default: all")] = None,
+    size: Size = None,
     golden: Golden = None,
     show: Annotated[int, typer.Option(min=0, help="how many lines of boxes to print, those alike in one")] = 20,
     out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
@@ -64,7 +70,8 @@ def explain(
             pictures = Path(staging) if out_dir else None
             deployed = {"score_threshold": deployed_score_threshold, "iou_threshold": deployed_iou_threshold}
             asked = {"score_threshold": score_threshold}, deployed
-            found = _explain_variant(what[0], backend, data, images, asked, topk, golden, pictures)
+            variant = sized(load_variant(what[0]), size)
+            found = _explain_variant(variant, backend, data, images, asked, topk, golden, pictures)
         alignment.explanations.append(found)
         _print_explanation(found, show)
         if out_dir:
@@ -80,7 +87,7 @@ def explain(
 
 
 def _explain_variant(
-    name: str,
+    variant: Variant,
     backend: str,
     data: Path | None,
     images: int | None,
@@ -92,11 +99,10 @@ def _explain_variant(
     """`asked`: settings of NMS on both sides, and of the deployed one alone; None for those that are as they were."""
     from alignment.case import reference_of
     from alignment.data.samples import open_samples
-    from alignment.divergence import HEADS, explain_variant, explanation
+    from alignment.divergence import HEADS, explain_variant, explanation, head_kind
     from alignment.export.nms_head import require_boxes
     from alignment.session import require_available
 
-    variant = load_variant(name)
     require_available(variant, data)
     if backend not in HEADS:
         raise AlignError(f"--backend {backend}: no graph ends in NMS there", f"choose from {', '.join(HEADS)}")
@@ -115,8 +121,9 @@ def _explain_variant(
             lambda n: move(n, len(samples)),
             deployed,
         )
-    sides = f"mmyolo's NMS on {reference_of(variant).backend}", f"{HEADS[backend]} on {backend}"
-    return explanation(found, f"{variant.name}-{HEADS[backend]}", sides, samples.dataset.class_names)
+    kind = head_kind(variant, backend)
+    sides = f"mmyolo's NMS on {reference_of(variant).backend}", f"{kind} on {backend}"
+    return explanation(found, f"{variant.name}-{kind}", sides, samples.dataset.class_names)
 
 
 def _explain_records(reference: Path, subject: Path, golden: Path | None) -> Explanation:

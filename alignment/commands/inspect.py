@@ -13,8 +13,9 @@ from rich.table import Table
 from alignment.case import Case, cases_of
 from alignment.commands.console import Data, out, print_table, require_folders
 from alignment.errors import AlignError
-from alignment.inspection.findings import KINDS, Finding, find
+from alignment.inspection.findings import KINDS, find
 from alignment.inspection.saved import Inspection, load_inspection
+from alignment.inspection.summary import Sum, by_finding, by_precision
 from alignment.storage import writing
 
 
@@ -36,7 +37,8 @@ def inspect(
     data: Data = None,
     show: Annotated[int, typer.Option(min=0, help="how many findings of each kind to list")] = 5,
     out_dir: Annotated[
-        Path, typer.Option("--out", help="folder for NAME.engine.json, NAME.findings.json and the drawing, NAME.svg")
+        Path,
+        typer.Option("--out", help="folder for NAME.engine.json, NAME.findings.json, the drawing NAME.svg, NAME.html"),
     ] = Path("."),
 ) -> None:
     """List what keeps an engine from being int8 throughout, node by node, and draw it; a second engine beside it.
@@ -45,6 +47,7 @@ def inspect(
     everything else can be made anywhere.
     """
     from alignment.inspection.draw import draw
+    from alignment.report.engine import render_engines
 
     require_folders({"--out": out_dir})
     files = [Path(text) for text in what if text.endswith(".json")]
@@ -61,10 +64,11 @@ def inspect(
         if not files:
             _wrote(out_dir / f"{engine.name}.engine.json", engine)
         _report(engine, show, out_dir)
-    path = out_dir / f"{'-against-'.join(engine.name for engine in engines)}.svg"
-    with writing(path) as temporary:
-        temporary.write_text(draw(engines), encoding="utf-8")
-    out.print(f"wrote {path}", markup=False)
+    name = "-against-".join(engine.name for engine in engines)
+    for ending, text in ((".svg", draw(engines)), (".html", render_engines(engines))):
+        with writing(out_dir / f"{name}{ending}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        out.print(f"wrote {out_dir / f'{name}{ending}'}", markup=False)
 
 
 def _loaded(files: list[Path], onnx_file: Path | None) -> list[Inspection]:
@@ -112,22 +116,14 @@ def _report(engine: Inspection, show: int, out_dir: Path) -> None:
     whole = sum(engine.times.values())
     title = f"{engine.name}: {len(layers)} layers" + (f", {whole:.3f} ms" if engine.times else "")
     precisions = Table("runs in", "layers", "ms", "ONNX nodes", title=title)
-    nodes = engine.engine_graph.precisions
-    counts = nodes.counts()
-    kinds = ["moves" if one.moves else one.runs_in or "?" for one in layers]
-    for kind in dict.fromkeys([*sorted(set(kinds)), *counts]):
-        places = [place for place, other in enumerate(kinds) if other == kind]
-        time = sum(engine.milliseconds(place) or 0.0 for place in places)
-        precisions.add_row(
-            kind, str(len(places) or "-"), f"{time:.3f}" if engine.times and places else "-", str(counts.get(kind, "-"))
-        )
+    for one in by_precision(engine):
+        precisions.add_row(one.name, str(one.number or "-"), _time(one), "-" if one.nodes is None else str(one.nodes))
     print_table(precisions)
-    if nodes.unknown:
-        out.print(f"no layer stands for {', '.join(nodes.unknown[:5])}", markup=False)
+    if unknown := engine.engine_graph.precisions.unknown:
+        out.print(f"no layer stands for {', '.join(unknown[:5])}", markup=False)
     summary = Table("finding", "how many", "ms", "what it is")
-    for kind, text in KINDS.items():
-        own = [finding for finding in found if finding.kind == kind]
-        summary.add_row(kind, str(len(own)), _milliseconds(own, engine), text)
+    for one, text in zip(by_finding(engine, found), KINDS.values(), strict=True):
+        summary.add_row(one.name, str(one.number), _time(one), text)
     print_table(summary)
     for kind in KINDS:
         own = sorted((f for f in found if f.kind == kind), key=lambda f: -(f.milliseconds or 0.0))
@@ -142,8 +138,5 @@ def _report(engine: Inspection, show: int, out_dir: Path) -> None:
     out.print(f"wrote {path}", markup=False)
 
 
-def _milliseconds(found: list[Finding], engine: Inspection) -> str:
-    """The time of the layers of findings, each counted once."""
-    return (
-        f"{sum(engine.milliseconds(place) or 0.0 for place in {f.place for f in found}):.3f}" if engine.times else "-"
-    )
+def _time(one: Sum) -> str:
+    return "-" if one.milliseconds is None else f"{one.milliseconds:.3f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from alignment.quantize.partial import Goal, Partial, Point
     from alignment.quantize.scoring import Scorer
     from alignment.quantize.search import Kept
-    from alignment.quantize.sensitivity import Mode, Sensitivity
 
 
 def partial(
@@ -65,47 +64,35 @@ def partial(
     """
     goal = _goal(budget, layers, latency)
     require_folders({"--out": out_dir})
-    from alignment.engine.capabilities import Capabilities
     from alignment.quantize.candidates import Candidates
-    from alignment.quantize.partial import KEEP_FLOAT
+    from alignment.quantize.keep_float import KEEP_FLOAT
     from alignment.quantize.partial import partial as search
+    from alignment.quantize.partial import swept
     from alignment.quantize.scoring import Scorer
     from alignment.quantize.sensitivity import Sensitivity, require_metric
     from alignment.report.pareto import require_matplotlib
 
     require_matplotlib()
     require_metric(metric)
-    if goal.kind == "latency":
-        Capabilities.current()
-    changes = recipe_changes(plain, policy)
-    chosen = with_quantization(load_variant(variant), changes)
+    chosen = with_quantization(load_variant(variant), recipe_changes(plain, policy))
     given = None if ranking is None else Sensitivity.load(ranking)
     candidates, scorer = Candidates(chosen, data), Scorer(chosen, data, images)
     timed = _timer(candidates, scorer) if goal.kind == "latency" else None
     with stage_bars(chosen.name) as show:
-        found = search(
-            candidates,
-            scorer,
-            given or _swept(candidates, scorer, show),
-            goal,
-            metric,
-            tries,
-            swaps,
-            timed,
-            lambda done, most: show("sets, at most", done, most),
-        )
+        asked = (given or swept(candidates, scorer, show), goal, metric, tries, swaps, timed)
+        found = search(candidates, scorer, *asked, lambda done, most: show("sets, at most", done, most))
     _print(found)
     for path in found.save(out_dir):
         out.print(f"wrote {path}", markup=False)
-    recipe = "".join(f" {option}" for option in _options(changes))
-    taken = f"align quantize {variant}{recipe} --keep-float {out_dir / KEEP_FLOAT} --out DIR"
-    out.print(f"it is taken by: {taken}", markup=False)
+    out.print(f"it is taken by: align quantize {variant} --keep-float {out_dir / KEEP_FLOAT} --out DIR", markup=False)
     if not found.found.reached:
         out.print(f"not reached: {goal}; what is written is the best that was found")
         raise typer.Exit(1)
 
 
 def _goal(budget: str | None, layers: int | None, latency: float | None) -> Goal:
+    """What is asked for; TensorRT is here where it is needed."""
+    from alignment.engine.capabilities import Capabilities
     from alignment.quantize.partial import Goal
     from alignment.quantize.partial import budget as named
 
@@ -113,13 +100,10 @@ def _goal(budget: str | None, layers: int | None, latency: float | None) -> Goal
         raise AlignError("align partial wants one goal", "give one of --budget, --layers and --latency")
     if budget is not None:
         return named(budget)
-    return Goal("layers", layers) if layers is not None else Goal("latency", latency or 0.0)
-
-
-def _options(changes: dict[str, Any]) -> list[str]:
-    """What makes `align quantize` follow the same recipe; nodes are in the file."""
-    named = [f"--{field} {changes[field]}" for field in ("policy", "rounding") if field in changes]
-    return [*named, "--no-bias-correction"] if "bias_correction" in changes else named
+    if layers is not None:
+        return Goal("layers", layers)
+    Capabilities.current()
+    return Goal("latency", latency or 0.0)
 
 
 def _timer(candidates: Candidates, scorer: Scorer) -> Callable[[Kept], float]:
@@ -128,13 +112,6 @@ def _timer(candidates: Candidates, scorer: Scorer) -> Callable[[Kept], float]:
 
     image = next(iter(scorer.samples)).tensor
     return lambda kept: qdq_latency(candidates.variant, candidates.quantized(kept), image)
-
-
-def _swept(candidates: Candidates, scorer: Scorer, show: Callable[[str, int, int], None]) -> Sensitivity:
-    from alignment.quantize.sweep import sweep
-
-    mode: Mode = "leave-one-out" if candidates.variant.quantization.searched else "quantize-one"
-    return sweep(candidates.variant, candidates.quantized(()), scorer.samples, mode, progress=show)[0]
 
 
 def _print(found: Partial) -> None:

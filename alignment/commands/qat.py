@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-import yaml
 from rich.table import Column, Table
 
 from alignment.commands.console import (
@@ -15,6 +13,7 @@ from alignment.commands.console import (
     Plain,
     Policy,
     VariantName,
+    kept_float,
     out,
     print_table,
     recipe_changes,
@@ -22,12 +21,10 @@ from alignment.commands.console import (
     stage_bars,
 )
 from alignment.errors import AlignError
-from alignment.storage import data_dir, writing
-from alignment.variant import MMYoloSource, Variant, golden_dir, load_variant, with_quantization
+from alignment.variant import Variant, load_variant
 
 if TYPE_CHECKING:
     from alignment.quantize.qat import Outcome
-    from alignment.quantize.trained import Trained
 
 DISTILL = {"none": (), "features": ("features",), "logits": ("logits",), "both": ("features", "logits")}
 
@@ -68,24 +65,19 @@ def qat(
 ) -> None:
     """Train a quantized variant for a few epochs, by mmyolo's losses or by what the float model says.
 
-    It begins with what `align quantize` finds by the variant's recipe, with the --policy and --plain that `align
-    partial` was given. An epoch counts by agreement with FP32 on training images that were held out. Interrupted,
-    it goes on next time. The result is a variant of its own: `align run DIR/NAME_qat.yaml --precision int8` takes
-    it by every route. Exit status 1: no epoch was better than the start, or training diverged; the best weights are
-    written all the same.
+    It begins with what `align quantize` finds by the variant's recipe, or by that of the keep_float.yaml. An epoch
+    counts by agreement with FP32 on training images that were held out. Interrupted, it goes on next time. The result
+    is a variant of its own: `align run DIR/NAME_qat.yaml --precision int8` takes it by every route. Exit status 1: no
+    epoch was better than the start, or training diverged; the best weights are written all the same.
     """
     require_folders({"--out": out_dir})
-    found = load_variant(variant)
-    if found.quantization.trained is not None:
-        raise AlignError(f"{found.name}: trained already", "begin with the variant that it was made of")
-    chosen = _kept_float(with_quantization(found, recipe_changes(plain, policy)), start, keep_float)
-    if not chosen.has_torch:
-        raise AlignError(f"{chosen.name}: a bare ONNX file has no torch model to train", "give an mmyolo variant")
+    chosen = _trainable(load_variant(variant))
+    chosen = kept_float(chosen, keep_float or (), [start] if start else [], recipe_changes(plain, policy))
     from alignment.models.mmyolo_source import require_mmyolo
 
     require_mmyolo()
-    from alignment.quantize import recipe
-    from alignment.quantize.qat import Options, train
+    from alignment.quantize.qat import Options
+    from alignment.quantize.qat_files import train_into
 
     options = Options(
         epochs=epochs,
@@ -101,13 +93,30 @@ def qat(
         seed=seed,
         device=device,
     )
-    checkpoint = out_dir / f"{chosen.name}.qat.checkpoint.pth"
     with stage_bars(chosen.name) as show:
-        quantized = recipe.quantize(chosen, data, progress=show)
-        outcome = train(chosen, quantized, options, checkpoint, data, show)
-        paths = _write(outcome.trained, outcome.report(chosen, options), chosen, out_dir, data)
-    checkpoint.unlink(missing_ok=True)
-    _print(outcome)
+        outcome, paths = train_into(out_dir, chosen, options, data, show)
+    _print(outcome, paths)
+    if outcome.diverged or outcome.best == 0:
+        raise typer.Exit(1)
+
+
+def _trainable(variant: Variant) -> Variant:
+    """The variant itself.  Raises AlignError for one that was trained, or that has no torch model."""
+    if variant.quantization.trained is not None:
+        raise AlignError(f"{variant.name}: trained already", "begin with the variant that it was made of")
+    if not variant.has_torch:
+        raise AlignError(f"{variant.name}: a bare ONNX file has no torch model to train", "give an mmyolo variant")
+    return variant
+
+
+def _print(outcome: Outcome, paths: list[Path]) -> None:
+    names = list(dict.fromkeys(name for epoch in outcome.epochs for name in epoch))
+    names = [*(name for name in names if name != "agreement"), "agreement"]
+    table = Table(Column("epoch", justify="right"), *(Column(name, justify="right") for name in names))
+    for number, epoch in enumerate(outcome.epochs):
+        cells = [f"{epoch[name]:.4f}" if name in epoch else "" for name in names]
+        table.add_row(f"{number}{' (best)' if number == outcome.best else ''}", *cells)
+    print_table(table)
     for path in paths:
         out.print(f"wrote {path}", markup=False)
     if outcome.diverged:
@@ -116,60 +125,3 @@ def qat(
         out.print(f"stopped early: {outcome.stopped}", markup=False)
     if outcome.best == 0:
         out.print("no epoch is better than the start, which is what was written")
-    if outcome.diverged or outcome.best == 0:
-        raise typer.Exit(1)
-
-
-def _kept_float(variant: Variant, start: Path | None, patterns: list[str] | None) -> Variant:
-    """The variant with these nodes in float, in place of those of its recipe where any are given."""
-    nodes = list(patterns or ())
-    if start is not None:
-        from alignment.export.onnx_export import exported
-        from alignment.quantize.keep_float import read_keep_float
-
-        path = start / "keep_float.yaml" if start.is_dir() else start
-        nodes += read_keep_float(path, exported(variant).onnx)
-    return with_quantization(variant, {"keep_float": nodes}) if nodes else variant
-
-
-def _write(trained: Trained, report: dict[str, Any], variant: Variant, folder: Path, data: Path | None) -> list[Path]:
-    """Weights, variant, graphs and report; the variant is read again, so that what is written is what `run` takes."""
-    from alignment.quantize import recipe
-
-    weights, papers, own = (folder / f"{variant.name}{end}" for end in (".qat.npz", ".qat.json", "_qat.yaml"))
-    trained.save(weights)
-    with writing(own) as temporary:
-        text = yaml.safe_dump(_fields(variant, weights.name), sort_keys=False, allow_unicode=True, width=1000)
-        temporary.write_text(text, encoding="utf-8")
-    graphs = recipe.quantize(load_variant(own), data).save(folder, variant.name)
-    with writing(papers) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return [own, weights, papers, *graphs]
-
-
-def _fields(variant: Variant, trained: str) -> dict[str, Any]:
-    """The trained variant as YAML has it, under a name of its own: golden values are of one variant."""
-    fields = variant.model_dump(mode="json", exclude_defaults=True, exclude={"notes"})
-    assert isinstance(variant.source, MMYoloSource)
-    fields["source"]["checkpoint"] = _portable(variant.source.checkpoint)
-    recipe = {**variant.quantization.model_dump(mode="json", exclude_defaults=True), "trained": trained}
-    return {**fields, "name": f"{variant.name}_qat", "quantization": recipe}
-
-
-def _portable(path: Path) -> str:
-    """A path by the variable that a variant's YAML may name it with, or as it is."""
-    absolute = path.absolute()
-    for name, folder in (("GOLDEN", golden_dir()), ("ALIGN_DATA", data_dir())):
-        if absolute.is_relative_to(folder.absolute()):
-            return f"${{{name}}}/{absolute.relative_to(folder.absolute())}"
-    return str(absolute)
-
-
-def _print(outcome: Outcome) -> None:
-    names = list(dict.fromkeys(name for epoch in outcome.epochs for name in epoch))
-    names = [*(name for name in names if name != "agreement"), "agreement"]
-    table = Table(Column("epoch", justify="right"), *(Column(name, justify="right") for name in names))
-    for number, epoch in enumerate(outcome.epochs):
-        cells = [f"{epoch[name]:.4f}" if name in epoch else "" for name in names]
-        table.add_row(f"{number}{' (best)' if number == outcome.best else ''}", *cells)
-    print_table(table)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
-from alignment.commands.console import Data, VariantName, out, require_folders, stage_bars
+from alignment.commands.console import Data, VariantName, kept_float, out, require_folders, stage_bars
 from alignment.errors import AlignError
-from alignment.variant import load_variant, with_quantization
+from alignment.variant import Variant, load_variant
+
+if TYPE_CHECKING:
+    from alignment.quantize.recipe import Quantized
 
 
 def quantize(
@@ -27,7 +30,9 @@ def quantize(
     policy: Annotated[str | None, typer.Option(help="where quantizers go: tensorrt, conv-only or full")] = None,
     keep_float: Annotated[
         list[str] | None,
-        typer.Option(help="ONNX node, with wildcards, or a keep_float.yaml of them, that stays float; repeatable"),
+        typer.Option(
+            help="ONNX node, with wildcards, or a keep_float.yaml with its recipe, that stays float; repeatable"
+        ),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
     calibration: Annotated[
@@ -51,51 +56,48 @@ def quantize(
 ) -> None:
     """Quantize a variant to int8: a QDQ graph, a range for every tensor, a calibration cache, and every scale."""
     from alignment.engine.int8 import ranges_in_cache
-    from alignment.export.onnx_export import exported, modules_of
     from alignment.quantize import recipe
-    from alignment.quantize.trouble import troubles
 
     require_folders({"--out": out_dir})
-    base = load_variant(variant)
-    asked = {
+    asked: dict[str, Any] = {
         "method": method,
         "weights": weights,
         "policy": policy,
-        "keep_float": None if keep_float is None else _nodes(keep_float, exported(base).onnx),
         "images": images,
         "calibration": calibration,
         "rounding": rounding,
         "bias_correction": bias_correction,
         "equalization": equalization,
     }
-    chosen = with_quantization(base, {k: v for k, v in asked.items() if v is not None})
+    files = [Path(name) for name in keep_float or () if name.endswith((".yaml", ".yml"))]
+    patterns = [name for name in keep_float or () if Path(name) not in files]
+    asked = {field: value for field, value in asked.items() if value is not None}
+    chosen = kept_float(load_variant(variant), patterns, files, asked)
     given = None if ranges is None else ranges_in_cache(_text(ranges))
     with stage_bars(chosen.name) as show:
         found = recipe.quantize(chosen, data, batch, show, device, given)
-    known = modules_of(exported(chosen).onnx)
+    _print(found, chosen)
+    for path in found.save(out_dir, chosen.name):
+        out.print(f"wrote {path}", markup=False)
+    out.print(
+        f"{len(found.placement.weights)} nodes in int8, {len(found.placement.activations)} quantizers, "
+        f"{len(found.placement.float_nodes)} nodes bound to float, {len(found.ranges)} ranges from "
+        f"{found.calibration.images} images",
+        markup=False,
+    )
+
+
+def _print(found: Quantized, variant: Variant) -> None:
+    """What will go wrong, and what did no good."""
+    from alignment.export.onnx_export import exported, modules_of
+    from alignment.quantize.trouble import troubles
+
+    known = modules_of(exported(variant).onnx)
     for trouble in troubles(found, known):
         out.print(f"[yellow]{escape(str(trouble))}[/]")
     for unit in found.units:
         if unit.adaround >= unit.nearest:
             out.print(f"{unit.name}: AdaRound does not lower its error: rounded to nearest", markup=False)
-    counts = found.placement
-    for path in found.save(out_dir, chosen.name):
-        out.print(f"wrote {path}", markup=False)
-    out.print(
-        f"{len(counts.weights)} nodes in int8, {len(counts.activations)} quantizers, {len(counts.float_nodes)} nodes "
-        f"bound to float, {len(found.ranges)} ranges from {found.calibration.images} images",
-        markup=False,
-    )
-
-
-def _nodes(keep_float: list[str], graph: Path) -> list[str]:
-    """The patterns among them as they are, and what the files among them name."""
-    from alignment.quantize.keep_float import read_keep_float
-
-    nodes: list[str] = []
-    for name in keep_float:
-        nodes += read_keep_float(Path(name), graph) if name.endswith((".yaml", ".yml")) else [name]
-    return nodes
 
 
 def _text(path: Path) -> str:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignment.nms.multiclass import Detections, iou_matrix
-from alignment.nms.rotated import corners, rotated_iou_matrix
+from alignment.nms.multiclass import Detections, overlaps
+from alignment.nms.rotated import corners
 
 SCORE = 0.25
 IOU = 0.9
@@ -76,8 +76,7 @@ def _match(one: Detections, other: Detections) -> tuple[np.ndarray, float, float
     found = np.zeros(len(strong), bool)
     if not len(strong) or not len(other):
         return found, 0.0, 0.0
-    overlap = rotated_iou_matrix if one.boxes.shape[1] == 5 else iou_matrix
-    iou = overlap(one.boxes[strong], other.boxes)
+    iou = overlaps(one.boxes[strong], other.boxes)
     with np.errstate(invalid="ignore"):  # of infinite scores, which match nothing
         gap = np.abs(one.scores[strong, None] - other.scores[None])
     fits = (one.labels[strong, None] == other.labels[None]) & (iou >= IOU) & (gap <= SCORE_DIFFERENCE)

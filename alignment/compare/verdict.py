@@ -67,6 +67,8 @@ def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | No
 
 
 def _why_unchecked(name: StageName, measured: Measured) -> str:
+    if name == "map" and measured.scores is not None and measured.scores.subject_ap < 0:
+        return "no truth to score detections against"
     if name == "map" and measured.scores is not None:
         return f"AP {measured.scores.subject_ap:.4f}: no golden AP for this dataset and number of images"
     if name in ("raw", "decoded") and measured.tensors:
@@ -168,10 +170,11 @@ def _ap_checks(measured: Measured, limits: GoldenCase, images: int, dataset: str
     scores = measured.scores
     if scores is None:
         return checks
+    labelled = scores.subject_ap >= 0
     values: dict[Quantity, float | None] = {
-        "delta_ap": _apart(scores.subject_ap, scores.reference_ap),
+        "delta_ap": _apart(scores.subject_ap, scores.reference_ap) if labelled else None,
         "agreement_ap": scores.agreement_ap,
-        "twin_delta_ap": _apart(scores.subject_ap, scores.twin_ap),
+        "twin_delta_ap": _apart(scores.subject_ap, scores.twin_ap) if labelled else None,
         "twin_agreement_ap": scores.twin_agreement_ap,
     }
     checks += _held({name: value for name, value in values.items() if value is not None}, limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,6 +10,13 @@ import numpy as np
 
 from alignment.data.coco import CocoDataset
 from alignment.errors import AlignError
+
+FILE = "dota8.json"
+
+
+def holds_dota(root: Path) -> bool:
+    """Whether a folder holds DOTA's tiles."""
+    return (root / FILE).is_file()
 
 
 def open_dota(root: Path, limit: int | None = None) -> CocoDataset:
@@ -21,7 +29,7 @@ def open_dota(root: Path, limit: int | None = None) -> CocoDataset:
     Raises:
         AlignError: naming the file that is missing, unreadable or does not fit.
     """
-    path, layout = root / "dota8.json", "give a folder with dota8.json and images/ as ALIGN_DATA/dota8"
+    path, layout = root / FILE, "give a folder with dota8.json and images/ as ALIGN_DATA/dota8"
     dataset = CocoDataset.read(path, root / "images", root, "dota8", layout, limit)
     for entry in dataset.truth["annotations"]:
         try:
@@ -31,6 +39,13 @@ def open_dota(root: Path, limit: int | None = None) -> CocoDataset:
             raise AlignError(what, layout) from None
         entry["rbox"] = smallest_rectangle(points)
     return dataset
+
+
+def without_truth(dataset: CocoDataset, classes: int) -> CocoDataset:
+    """The images alone, for a detector of other classes: real input on which its backends are held to each other."""
+    names = [f"class {label}" for label in range(classes)]
+    truth = {**dataset.truth, "annotations": []}
+    return replace(dataset, category_ids=list(range(1, classes + 1)), class_names=names, truth=truth)
 
 
 def smallest_rectangle(points: np.ndarray) -> list[float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from alignment.data.coco import CocoDataset, ImageEntry, annotation_file, read_image
-from alignment.data.dota import open_dota
+from alignment.data.dota import holds_dota, open_dota, without_truth
 from alignment.data.preprocess import Transform, preprocess
 from alignment.data.synthetic import synthetic_root
 from alignment.data.synthetic_rotated import synthetic_rotated_root
@@ -73,8 +73,11 @@ class Samples:
 def dataset_root(variant: Variant, data: Path | None = None) -> Path | None:
     """Where the variant's images are, None if they are not there.
 
-    An embedded set is drawn; the others are below ``ALIGN_DATA``, and `data` stands for COCO.
+    An embedded set is drawn; the others are below ``ALIGN_DATA``, and `data` stands for COCO.  A folder with DOTA's
+    tiles stands for the images of any variant with rotated boxes.
     """
+    if variant.rotated and data is not None and holds_dota(data):
+        return data
     if variant.dataset == "synthetic":
         return synthetic_root()
     if variant.dataset == "synthetic_rotated":
@@ -99,7 +102,8 @@ def images_mend(variant: Variant) -> str:
 def open_samples(
     variant: Variant, data: Path | None = None, limit: int | None = None, split: str = "val2017"
 ) -> Samples:
-    """The images of one `split` of the variant's dataset, the first `limit` of them; DOTA's tiles are of no split.
+    """The images of one `split` of the variant's dataset, the first `limit` of them; DOTA's tiles are of no split, and
+    without truth for a variant of other classes.
 
     Raises AlignError when there are none.
     """
@@ -108,6 +112,9 @@ def open_samples(
         raise AlignError(
             f"{variant.name}: no images: {data_dir() / FOLDERS[variant.dataset]} does not exist", images_mend(variant)
         )
-    if variant.dataset == "dota":
-        return Samples(variant, open_dota(root, limit))
+    if variant.dataset == "dota" or (variant.rotated and holds_dota(root)):
+        tiles = open_dota(root, limit)
+        # A variant that says it is of DOTA is held to DOTA's classes.
+        fits = variant.dataset == "dota" or len(tiles.category_ids) == variant.classes
+        return Samples(variant, tiles if fits else without_truth(tiles, variant.classes))
     return Samples(variant, CocoDataset.open(root, split, limit))

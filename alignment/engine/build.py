@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from alignment.engine.capabilities import Capabilities, gpu, require
 from alignment.engine.int8 import CalibrationImages, CalibratorKind, make_calibrator, set_ranges
 from alignment.engine.log import Log, Message, listening, warnings_of
+from alignment.engine.registry import plugin_identity, register_plugins
 from alignment.errors import AlignError, BuildError
 from alignment.export.onnx_export import file_digest
 from alignment.storage import cache_dir, locked, writing
@@ -114,7 +115,7 @@ def build_environment() -> dict[str, str]:
 def cached_engine(onnx_path: Path, options: BuildOptions, images: CalibrationImages | None = None) -> Engine:
     """The engine of `onnx_path`, from the cache or built now.
 
-    Its key is the content of the ONNX file and of the weight files that it names, the options, the `images` that a
+    Its key is the content of the ONNX file, its weight files and plugin library, the options, the `images` that a
     calibrator reads, the build variables, TensorRT's version and the GPU.  A second process waits for the first.
 
     Raises:
@@ -129,6 +130,7 @@ def cached_engine(onnx_path: Path, options: BuildOptions, images: CalibrationIma
         "environment": build_environment(),
         "tensorrt": Capabilities.current().version,
         "gpu": [device.name, device.compute_capability],
+        **plugin_identity(onnx_path),
     }
     path = cache_dir() / "engines" / f"{_hash(key)[:32]}.engine"
     messages, table = path.with_suffix(".json"), path.with_suffix(".calibration")
@@ -170,7 +172,7 @@ def build_engine(onnx_path: Path, options: BuildOptions, log: Log, images: Calib
 
     ability = Capabilities.current()
     with cuda_context(), listening(log) as logger:
-        trt.init_libnvinfer_plugins(logger, "")
+        register_plugins(logger, onnx_path)
         try:
             builder = trt.Builder(logger)
         except TypeError:  # what pybind11 makes of a null pointer

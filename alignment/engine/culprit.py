@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignment.engine.candidates import NodeByNode
-from alignment.engine.delta import LIMIT, Found, search
+from alignment.engine.delta import LIMIT, Blamed, search
 from alignment.engine.gap import Comparison, distances
+from alignment.engine.qdq_backends import NodeByNode
 from alignment.errors import AlignError
 from alignment.quantize.graph import OnnxGraph
 
@@ -76,7 +76,7 @@ class Verdict:
     gap: float
     mended: float
     float_gap: float
-    found: Found
+    found: Blamed
     culprits: tuple[Culprit, ...]
 
 
@@ -103,7 +103,7 @@ def find(
     return Verdict(whole, mended, comparison.float_gap, found, culprits)
 
 
-def _core(found: Found, unit: str) -> tuple[str, ...]:
+def _core(found: Blamed, unit: str) -> tuple[str, ...]:
     return next(core for core in found.cores if unit in core)
 
 

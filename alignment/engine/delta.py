@@ -21,7 +21,7 @@ LIMIT = 100
 
 
 @dataclass(frozen=True)
-class Found:
+class Blamed:
     """What `search` found.
 
     Attributes:
@@ -70,7 +70,7 @@ def search(
     blocks: int = 1,
     cost: Callable[[str], float] = lambda unit: 0.0,
     limit: int = LIMIT,
-) -> Found:
+) -> Blamed:
     """The smallest set of units whose removal leaves nothing bad: one of every smallest bad set.
 
     Where one unit is to blame: at most 2 ⌈log₂ n⌉ + 2 questions.
@@ -104,7 +104,7 @@ def search(
         needed = closed and not any(good(removed - {unit}) for unit in removed)
     except _Spent:
         closed = needed = False
-    return Found(_minus(units, set(units) - removed), tuple(cores), closed, needed, oracle.questions)
+    return Blamed(_minus(units, set(units) - removed), tuple(cores), closed, needed, oracle.questions)
 
 
 class _Spent(Exception):

@@ -27,7 +27,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from alignment.engine.candidates import HALF_NOISE, Candidate, NodeByNode, in_half, noisy
+from alignment.engine.qdq_backends import HALF_NOISE, NodeByNode, QdqBackend, in_half, noisy
 from alignment.errors import AlignError, BuildError
 from alignment.quantize.pairs import QdqGraph
 from alignment.storage import cache_dir, locked, writing
@@ -146,7 +146,7 @@ class Comparison:
         self,
         subject: QdqGraph,
         reference: Reference,
-        candidate: Candidate,
+        candidate: QdqBackend,
         threshold: float = THRESHOLD,
         own: Mapping[str, Each] | None = None,
         progress: Callable[[int], None] | None = None,

@@ -22,7 +22,7 @@ DATATYPES = (
 PRECISIONS = ("Int8", "FP8", "Half", "BFloat16", "Float")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|$)", re.DOTALL)
 _FOREIGN = re.compile(r"\{ForeignNode\[(.*)\]\}", re.DOTALL)
-_CLONE = re.compile(r"_clone_\d+$")
+_CLONE = re.compile(r"(_clone_\d+)+$")
 COPY_NODE = "Reformatting CopyNode for "
 
 
@@ -169,7 +169,12 @@ def _named(name: str) -> Iterator[str]:
         if part.startswith("PWN(") and part.endswith(")"):
             yield from _named(part[4:-1])
         elif part:
-            yield _CLONE.sub("", part)
+            yield without_clone(part)
+
+
+def without_clone(name: str) -> str:
+    """The node or tensor that TensorRT has copied: ``x_clone_0`` → ``x``."""
+    return _CLONE.sub("", name)
 
 
 def _split(name: str) -> list[str]:

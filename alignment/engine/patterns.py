@@ -22,7 +22,7 @@ CLIPPING = 2.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class Suspicion:
     """One pattern at one node.
 
     Attributes:
@@ -200,7 +200,7 @@ PATTERNS: dict[str, Callable[[_Scene], _Seen]] = {
 
 def find_patterns(
     qdq: QdqGraph, modules: Mapping[str, str] | None = None, ranges: Mapping[str, float] | None = None
-) -> list[Finding]:
+) -> list[Suspicion]:
     """All that is seen in a graph, each once.
 
     Args:
@@ -215,7 +215,7 @@ def find_patterns(
         raise AlignError("the graph has no Q/DQ pairs", "give a QDQ graph, as `align quantize` writes it")
     scene, known = _Scene(qdq, OnnxGraph(qdq.only(())), ranges or {}), modules or {}
     found = [
-        Finding(name, node, known.get(node, ""), evidence, remedy)
+        Suspicion(name, node, known.get(node, ""), evidence, remedy)
         for name, look in PATTERNS.items()
         for node, evidence, remedy in look(scene)
     ]

@@ -20,6 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from alignment.errors import AlignError
 from alignment.export.onnx_export import check_onnx
+from alignment.export.plugin_nms import plugin_of, with_plugin
 from alignment.quantize.graph import reads
 from alignment.storage import cache_dir, locked, writing
 
@@ -52,7 +53,8 @@ def float32_nodes(path: Path, patterns: Sequence[str], decoding: bool = True) ->
 
 
 def float16_model(path: Path, native: bool = True, keep: Sequence[str] = ()) -> Path:
-    """The float16 form of a float32 ONNX file: converted once and kept in the cache by content.
+    """The float16 form of a float32 ONNX file: converted once and kept in the cache by content.  An NMS plugin at its
+    end stays as it is, with what decodes.
 
     Args:
         path: the file.
@@ -67,14 +69,18 @@ def float16_model(path: Path, native: bool = True, keep: Sequence[str] = ()) -> 
     """
     import onnxruntime
 
-    model = check_onnx(path)
+    model = check_onnx(path, plugin=True)
+    whole = onnx.load(path)
+    plugin = plugin_of(whole)
     key = [RECIPE, native, sorted(keep), onnx.__version__, onnxruntime.__version__]
-    digest = hashlib.sha256(json.dumps(key).encode() + model.SerializeToString(deterministic=True)).hexdigest()[:16]
+    content = [model.SerializeToString(deterministic=True), *([plugin.SerializeToString()] if plugin else [])]
+    digest = hashlib.sha256(json.dumps(key).encode() + b"".join(content)).hexdigest()[:16]
     converted = cache_dir() / "float16" / f"{path.stem}-{digest}.onnx"
     with locked(converted):
         if not converted.is_file():
             try:
                 half = to_float16(model, native, keep)
+                half = half if plugin is None else with_plugin(half, whole)
             except Exception as error:  # converter and checker have error types of their own
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 raise AlignError(f"{path}: cannot be converted to float16: {reason}", "run it in fp32") from error

@@ -15,14 +15,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from alignment.errors import AlignError
 from alignment.nms.implementations import DENSE_BELOW, FLOOR
+from alignment.nms.plugins import ROTATED, UPRIGHT, WIDTH
 from alignment.storage import writing
 from alignment.variant import Nms, Variant
 
-Kind = Literal["efficient_nms", "onnx_nms"]
-KINDS: tuple[Kind, ...] = ("efficient_nms", "onnx_nms")
+Kind = Literal["efficient_nms", "onnx_nms", "efficient_nms_rotated"]
+KINDS: tuple[Kind, ...] = ("efficient_nms", "onnx_nms", "efficient_nms_rotated")
+#: The plugin that each kind is, but for ONNX's own.
+PLUGIN: dict[Kind, str] = {"efficient_nms": UPRIGHT, "efficient_nms_rotated": ROTATED}
 #: Outputs by kind; see `with_nms`.
 OUTPUTS: dict[Kind, tuple[str, ...]] = {
-    "efficient_nms": ("num_dets", "det_boxes", "det_scores", "det_labels"),
+    **dict.fromkeys(PLUGIN, ("num_dets", "det_boxes", "det_scores", "det_labels")),
     "onnx_nms": ("detections", "selected"),
 }
 ROWS = "topk_rows"
@@ -36,9 +39,11 @@ class NmsHead:
 
     Attributes:
         kind: ``efficient_nms``: TensorRT's plugin EfficientNMS_TRT.  ``onnx_nms``: ONNX's NonMaxSuppression, whose
-            detections have no fixed number.
+            detections have no fixed number.  ``efficient_nms_rotated``: EfficientNMSRotated_TRT, this project's plugin
+            for rotated boxes.
         nms: thresholds and the largest number of detections, of each class with ``onnx_nms``.
-        topk: only so many rows of the highest best score go on to NMS, 1 or more; None for all.
+        topk: only so many rows of the highest best score go on to NMS, 1 or more; None for all.  The plugin for
+            rotated boxes takes the best (row, class) pairs by itself, `Nms.nms_pre` of them.
         keep: whether what NMS is given, ``boxes`` and ``scores``, stays an output.
     """
 
@@ -52,29 +57,32 @@ class NmsHead:
             raise AlignError(f"NMS {self.kind!r} is unknown", f"choose from {', '.join(KINDS)}")
         if self.topk is not None and self.topk < 1:
             raise AlignError(f"TopK of {self.topk} rows before NMS", "give 1 or more, or None for all rows")
+        if self.topk is not None and self.kind == "efficient_nms_rotated":
+            raise AlignError(f"--topk {self.topk}: {ROTATED} takes the best pairs by itself", "set nms.nms_pre instead")
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Those of an EfficientNMS_TRT node."""
+        """Those of the plugin's node."""
+        own = {"pre_nms_topk": self.nms.nms_pre} if self.kind == "efficient_nms_rotated" else {"box_coding": 0}
         return {
             "score_threshold": self.nms.score_threshold,
             "iou_threshold": self.nms.iou_threshold,
             "max_output_boxes": self.nms.max_per_image,
             "background_class": -1,
             "score_activation": 0,
-            "box_coding": 0,
             "class_agnostic": 0,
             "plugin_version": "1",
+            **own,
         }
 
 
 def with_nms(model: onnx.ModelProto, head: NmsHead) -> onnx.ModelProto:
     """A copy of a graph with outputs ``boxes`` ``[B, N, 4]`` and ``scores`` ``[B, N, C]`` that ends in NMS.
 
-    Outputs of ``efficient_nms``: ``num_dets`` ``[B, 1] int32``, ``det_boxes`` ``[B, K, 4]``, ``det_scores`` and
-    ``det_labels`` ``[B, K]``.  Of ``onnx_nms``: ``detections`` ``[n, 7]`` (image, x1, y1, x2, y2, label, score) and
-    ``selected`` ``[n, 3] int64`` (image, label, row).  With `NmsHead.topk` and `NmsHead.keep` also ``topk_rows``
-    ``[B, K] int64``, the rows that went on.
+    Outputs of plugins: ``num_dets`` ``[B, 1] int32``, ``det_boxes`` ``[B, K, 4]`` (rotated: boxes are 5 wide),
+    ``det_scores`` and ``det_labels`` ``[B, K]``.  Of ``onnx_nms``: ``detections`` ``[n, 7]`` (image, x1, y1, x2, y2,
+    label, score) and ``selected`` ``[n, 3] int64`` (image, label, row).  With `NmsHead.topk` and `NmsHead.keep` also
+    ``topk_rows`` ``[B, K] int64``, the rows that went on.
 
     Raises:
         AlignError: for a graph without these outputs.
@@ -94,15 +102,18 @@ def with_nms(model: onnx.ModelProto, head: NmsHead) -> onnx.ModelProto:
         boxes, scores = _add_topk(graph, head.topk)
         if head.keep:
             graph.output.append(helper.make_tensor_value_info(ROWS, TensorProto.INT64, [batch, head.topk]))
-    add = _add_efficient_nms if head.kind == "efficient_nms" else _add_onnx_nms
+    add = _add_plugin if head.kind in PLUGIN else _add_onnx_nms
     add(graph, head, boxes, scores, batch)
     return ended
 
 
-def require_boxes(variant: Variant) -> None:
-    """Raises AlignError for a variant that has no horizontal boxes before an NMS."""
-    if variant.rotated or variant.ends_in_nms:
-        raise AlignError(f"{variant.name}: no horizontal boxes before NMS", "choose a variant that has them")
+def require_boxes(variant: Variant, kind: Kind | None = None) -> None:
+    """Raises AlignError for a variant that has no boxes before an NMS, or whose boxes `kind` does not take."""
+    if variant.ends_in_nms:
+        raise AlignError(f"{variant.name}: no boxes before NMS", "choose a variant that has them")
+    if kind is not None and (kind == "efficient_nms_rotated") != variant.rotated:
+        fitting = "efficient_nms_rotated" if variant.rotated else "efficient_nms or onnx_nms"
+        raise AlignError(f"{variant.name}: NMS {kind} takes no {variant.boxes} boxes", f"choose {fitting}")
 
 
 def end_in_nms(path: Path, head: NmsHead, topk: int | None) -> list[str]:
@@ -140,8 +151,8 @@ def lint(topk: int | None, model: onnx.ModelProto, head: NmsHead) -> tuple[int |
 
 
 def _clipped(topk: int | None, model: onnx.ModelProto, kind: Kind) -> tuple[int | None, list[str]]:
-    if topk is None:
-        return None, []
+    if topk is None or kind == "efficient_nms_rotated":
+        return topk, []  # `NmsHead` refuses one
     if topk < 1:
         raise AlignError(f"--topk {topk}: no row would go on to NMS", "give 1 or more, or leave it out for all rows")
     (boxes,) = (output for output in model.graph.output if output.name == "boxes")
@@ -151,7 +162,7 @@ def _clipped(topk: int | None, model: onnx.ModelProto, kind: Kind) -> tuple[int 
             f"--topk {topk}: the graph does not say how many rows its boxes have, so that K cannot be held to them",
             "export it with a fixed input size",
         )
-    count = min(topk, rows, TOPK_LIMIT if kind == "efficient_nms" else rows)
+    count = min(topk, rows, rows if kind == "onnx_nms" else TOPK_LIMIT)
     if count == rows:
         return None, []
     cut = f"of {rows} rows the {rows - count} of lowest best score never reach NMS, with all their classes"
@@ -189,11 +200,11 @@ def _add_topk(graph: onnx.GraphProto, count: int) -> tuple[str, str]:
     return "topk_boxes", "topk_scores"
 
 
-def _add_efficient_nms(graph: onnx.GraphProto, head: NmsHead, boxes: str, scores: str, batch: str | int) -> None:
-    names, kept = OUTPUTS["efficient_nms"], head.nms.max_per_image
-    graph.node.append(helper.make_node("EfficientNMS_TRT", [boxes, scores], names, "nms", **head.attributes))
+def _add_plugin(graph: onnx.GraphProto, head: NmsHead, boxes: str, scores: str, batch: str | int) -> None:
+    names, kept, plugin = OUTPUTS[head.kind], head.nms.max_per_image, PLUGIN[head.kind]
+    graph.node.append(helper.make_node(plugin, [boxes, scores], names, "nms", **head.attributes))
     kinds = TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32
-    shapes = [batch, 1], [batch, kept, 4], [batch, kept], [batch, kept]
+    shapes = [batch, 1], [batch, kept, WIDTH[plugin]], [batch, kept], [batch, kept]
     graph.output.extend(map(helper.make_tensor_value_info, names, kinds, shapes))
 
 

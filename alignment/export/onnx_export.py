@@ -14,7 +14,7 @@ import onnx
 
 from alignment import __version__
 from alignment.errors import AlignError
-from alignment.export.plugin_nms import before_plugin, plugin_of
+from alignment.export.plugin_nms import before_plugin, plugin_of, require_boxes_of
 from alignment.storage import cache_dir, locked, writing
 from alignment.variant import OnnxSource, Variant
 
@@ -76,6 +76,7 @@ def exported(variant: Variant, options: ExportOptions | None = None) -> Exported
     options = options or ExportOptions()
     if isinstance(variant.source, OnnxSource):
         check_onnx(variant.source.file, variant.ends_in_nms)
+        require_boxes_of(variant.source.file, variant.rotated)
         return ExportedModel(variant.source.file, None)
     import torch
 
@@ -137,7 +138,7 @@ def export(variant: Variant, folder: Path, options: ExportOptions, stem: str | N
 
 
 def check_onnx(path: Path, plugin: bool = False) -> onnx.ModelProto:
-    """Loads and checks an ONNX file; with `plugin`, one that ends in EfficientNMS_TRT up to there.
+    """Loads and checks an ONNX file; with `plugin`, one that ends in an NMS plugin up to there.
 
     Raises:
         AlignError: when it is missing, truncated, not ONNX, or uses an op or opset that ONNX does not know, a plugin of

@@ -1,4 +1,5 @@
-"""ONNX files that end in TensorRT's plugin EfficientNMS_TRT: what comes before it runs anywhere."""
+"""ONNX files that end in an NMS plugin, TensorRT's EfficientNMS_TRT or this project's EfficientNMSRotated_TRT: what
+comes before it runs anywhere."""
 
 from __future__ import annotations
 
@@ -10,29 +11,39 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, helper
 
 from alignment.errors import AlignError
+from alignment.nms.plugins import ROTATED, WIDTH
 
-PLUGIN = "EfficientNMS_TRT"
+PLUGINS = tuple(WIDTH)
 #: Without these the plugin takes defaults of its own, which differ between its sources and their README.
 NEEDED = ("score_threshold", "iou_threshold", "max_output_boxes")
 
 
 def plugin_of(model: ModelProto) -> NodeProto | None:
     """The plugin's node, None where the graph has none."""
-    return next((node for node in model.graph.node if node.op_type == PLUGIN), None)
+    return next((node for node in model.graph.node if node.op_type in PLUGINS), None)
 
 
-def ends_in_plugin(path: Path) -> bool:
-    """Whether an ONNX file has such a node.  What is no ONNX file has none: whoever loads it says so."""
+def plugin_in(path: Path) -> str | None:
+    """The plugin that an ONNX file has, None without.  What is no ONNX file has none: whoever loads it says so."""
     try:
-        return plugin_of(onnx.load(path, load_external_data=False)) is not None
+        node = plugin_of(onnx.load(path, load_external_data=False))
     except (DecodeError, OSError):
-        return False
+        return None
+    return None if node is None else node.op_type
+
+
+def require_boxes_of(path: Path, rotated: bool) -> None:
+    """Raises AlignError for a file that ends in a plugin for other boxes than `rotated` ones, or than upright ones."""
+    plugin = plugin_in(path)
+    if plugin is not None and (WIDTH[plugin] == WIDTH[ROTATED]) != rotated:
+        other = "horizontal" if rotated else "rotated"
+        raise AlignError(f"{path}: ends in {plugin}, whose boxes are {other}", f"set `boxes: {other}` in its YAML")
 
 
 def refuse_plugin(path: Path, purpose: str) -> Path:
     """The path itself, of a file without the plugin.  Raises AlignError for another, with what it is of no use for."""
-    if ends_in_plugin(path):
-        raise AlignError(f"{path}: ends in {PLUGIN}: {purpose}", "give the file up to its NMS (head layout decoded)")
+    if plugin := plugin_in(path):
+        raise AlignError(f"{path}: ends in {plugin}: {purpose}", "give the file up to its NMS (head layout decoded)")
     return path
 
 
@@ -42,7 +53,8 @@ def attributes_of(node: NodeProto) -> dict[str, Any]:
 
 
 def before_plugin(model: ModelProto, path: Path) -> ModelProto:
-    """A copy of a graph whose outputs are what the plugin reads, boxes and scores, and that ends there.
+    """A copy of a graph that ends where the plugin begins: its outputs are what that reads, boxes and scores, and those
+    of the graph that are not the plugin's.
 
     Args:
         model: the graph.
@@ -57,20 +69,35 @@ def before_plugin(model: ModelProto, path: Path) -> ModelProto:
     assert node is not None
     if reason := _unknown(cut, node):
         raise AlignError(
-            f"{path}: holds {PLUGIN}, which only TensorRT runs, in a form that is unknown here: {reason}",
+            f"{path}: holds {node.op_type}, which only TensorRT runs, in a form that is unknown here: {reason}",
             "export it up to its NMS (head layout decoded, yolov5 or yolov8), with ONNX's own NonMaxSuppression, or as "
             "`align export --nms efficient_nms` does",
         )
     graph.node.remove(node)
+    others = [output for output in graph.output if output.name not in node.output]
     del graph.output[:]
+    graph.output.extend(others)
     imports = [one for one in cut.opset_import if one.domain != node.domain or not node.domain]
     del cut.opset_import[:]
     cut.opset_import.extend(imports)
     known = {value.name: value for value in onnx.shape_inference.infer_shapes(cut).graph.value_info}
-    for name in node.input:
+    for name in (one for one in node.input if one not in {output.name for output in others}):
         value = known.get(name) or helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
         graph.output.append(value)
     return cut
+
+
+def with_plugin(cut: ModelProto, whole: ModelProto) -> ModelProto:
+    """The graph `cut`, made of what `before_plugin` gave of `whole`, with plugin and outputs of `whole` again."""
+    ended, node = ModelProto(), plugin_of(whole)
+    assert node is not None
+    ended.CopyFrom(cut)
+    ended.graph.node.append(node)
+    del ended.graph.output[:]
+    ended.graph.output.extend(whole.graph.output)
+    if node.domain:
+        ended.opset_import.extend(one for one in whole.opset_import if one.domain == node.domain)
+    return ended
 
 
 def _unknown(model: ModelProto, node: NodeProto) -> str:

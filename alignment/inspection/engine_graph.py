@@ -6,17 +6,16 @@ a Concat whose inputs are written in place, no layer makes a tensor that another
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from alignment.engine.inspect import COPY_NODE, EngineLayer
-from alignment.inspection.node_graph import QUANTIZING, Node, NodeGraph
+from alignment.engine.inspect import COPY_NODE, EngineLayer, without_clone
+from alignment.inspection.node_graph import Node, NodeGraph
+from alignment.quantize.graph import QUANTIZING
 from alignment.quantize.placement import MOVING
 
-_CLONE = re.compile(r"(_clone_\d+)+$")
 #: Operators that may vanish from an engine: views, and copies in place.
 VANISHING = (*MOVING, "Concat", "Cast", "Expand")
 
@@ -71,7 +70,7 @@ class EngineGraph:
             if not found[place] and one.foreign:
                 found[place] = tuple(self.graph.in_order(self._region(one.foreign, taken)))
             elif not found[place] and not one.moves:
-                makers = (self.graph.makers.get(_CLONE.sub("", tensor.name)) for tensor in one.outputs)
+                makers = (self.graph.makers.get(without_clone(tensor.name)) for tensor in one.outputs)
                 names = {maker.name for maker in makers if maker is not None}
                 found[place] = tuple(self.graph.in_order(names - taken))
             taken.update(found[place])
@@ -161,7 +160,7 @@ class EngineGraph:
 
     def _sources(self, tensor: str) -> Iterator[int]:
         """The layers that made a tensor which none says it writes, by the ONNX graph."""
-        waiting, visited = [_CLONE.sub("", tensor)], set()
+        waiting, visited = [without_clone(tensor)], set()
         while waiting:
             name = waiting.pop()
             if name in visited:
@@ -176,7 +175,7 @@ class EngineGraph:
 
     def _sinks(self, tensor: str) -> Iterator[int]:
         """The layers that read a tensor of which none says so, by the ONNX graph: past views and copies."""
-        waiting, visited = [_CLONE.sub("", tensor)], set()
+        waiting, visited = [without_clone(tensor)], set()
         while waiting:
             name = waiting.pop()
             if name in visited:

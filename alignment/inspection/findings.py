@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from alignment.engine.inspect import EngineLayer, is_weighted
+from alignment.engine.inspect import EngineLayer, is_weighted, without_clone
 from alignment.inspection.engine_graph import EngineGraph
-from alignment.inspection.node_graph import QUANTIZING, Node
+from alignment.inspection.node_graph import Node
 from alignment.inspection.saved import Inspection
-from alignment.quantize.graph import ACTIVATIONS, WEIGHTED
+from alignment.quantize.graph import ACTIVATIONS, QUANTIZE, QUANTIZING, WEIGHTED
 
 Kind = Literal["reformat", "float-island", "unfused-activation", "not-int8"]
 #: What each kind is, in one line.
@@ -22,7 +22,7 @@ KINDS: dict[Kind, str] = {
     "not-int8": "a node that placement wants in int8 and that runs in another precision",
 }
 FLOATS = ("Half", "BFloat16", "Float")
-_CLONE = re.compile(r"(_dequantized|_quantized)?(_clone_\d+)*$")
+_QUANTIZED = re.compile(r"(_dequantized|_quantized)$")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         """Its fields."""
         return asdict(self)
+
+
+def _plain(name: str) -> str:
+    """The tensor that a name of TensorRT's stands for: ``x_quantized_clone_1`` → ``x``."""
+    return _QUANTIZED.sub("", without_clone(name))
 
 
 def find(inspection: Inspection) -> list[Finding]:
@@ -215,7 +220,7 @@ class _Finder:
         quantizer = self._quantizer(place)
         old, new = self._types(place)
         writer, reader = source or "what comes before", sink or "what comes behind"
-        if (quantizer and quantizer.op == "QuantizeLinear") or (old in FLOATS and new == "Int8"):
+        if (quantizer and quantizer.op == QUANTIZE) or (old in FLOATS and new == "Int8"):
             mend = f"let {writer} write int8 (a Q/DQ pair on what it reads), or keep {reader} in float"
             if quantizer and quantizer.inputs[0] in self.graph.inputs:
                 writer, mend = "the image", "none: the image comes in float, and is quantized once"
@@ -240,7 +245,7 @@ class _Finder:
 
     def _quantizer(self, place: int) -> Node | None:
         """The QuantizeLinear or DequantizeLinear that a Reformat is."""
-        names = (*self.engine_graph.nodes[place], _CLONE.sub("", self.layers[place].name))
+        names = (*self.engine_graph.nodes[place], _plain(self.layers[place].name))
         found = (self.graph.by_name[name] for name in names if name in self.graph.by_name)
         return next((node for node in found if node.op in QUANTIZING), None)
 
@@ -251,7 +256,7 @@ class _Finder:
     def _copied_because(self, one: EngineLayer, concat: Node) -> tuple[str, str]:
         """Why TensorRT copies what a Concat reads, in place of writing it there at once; and the mend."""
         told = one.inputs[0].name if one.inputs else one.name.removeprefix(f"{concat.name}_").removesuffix(" copy")
-        tensor = _CLONE.sub("", told)
+        tensor = _plain(told)
         maker, place = self.graph.makers.get(tensor), f"its place in {concat.name}"
         if maker is not None and maker.op in ("Split", "Slice"):
             return (
@@ -273,7 +278,7 @@ class _Finder:
         own = {node.name for node in inside}
         between = [reader for tensor in weighted[-1].outputs for reader in self.graph.readers.get(tensor, [])]
         for reader in between:
-            if reader.op == "QuantizeLinear":
+            if reader.op == QUANTIZE:
                 what = f"{reader.name} stands between {weighted[-1].name} and its activation"
                 return reader.name, what, "quantize behind the activation, not before it"
         for reader in between:

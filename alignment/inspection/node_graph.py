@@ -9,7 +9,8 @@ from typing import Any
 
 from onnx import ModelProto
 
-QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+from alignment.quantize.graph import QUANTIZING
+
 #: Operators that give a constant, or shape arithmetic, and of which no engine has a layer.
 SHAPE_OPS = ("Constant", "ConstantOfShape", "Shape", "Size", "Range")
 

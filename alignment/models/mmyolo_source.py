@@ -67,10 +67,8 @@ def load_config(variant: Variant) -> Any:
     source = _source(variant)
     path = Path(mmyolo.__file__).parent / ".mim" / "configs" / source.config
     if not path.is_file():
-        path = Path(source.config)
-    if not path.is_file():
         raise AlignError(
-            f"{variant.name}: source.config: {source.config} is neither in mmyolo's configs nor a file",
+            f"{variant.name}: source.config: {source.config} is neither in mmyolo's configs nor a file beside the YAML",
             f"name a file below {Path(mmyolo.__file__).parent / '.mim' / 'configs'}",
         )
     try:

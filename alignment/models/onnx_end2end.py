@@ -10,7 +10,7 @@ from alignment.nms.multiclass import Detections
 from alignment.onnx_head import End2EndHead
 from alignment.variant import Variant
 
-#: One image: boxes ``[K, 4]``, scores ``[K]``, labels ``[K]`` and which of them are no padding ``[K]``.
+#: One image: boxes ``[K, 4 or 5]``, scores ``[K]``, labels ``[K]`` and which of them are no padding ``[K]``.
 _Table = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -27,7 +27,7 @@ def kept_by_graph(named: Named, variant: Variant, images: int) -> tuple[Detectio
     """
     head = head_of(variant)
     assert isinstance(head, End2EndHead)
-    if head.output is not None or len(named) == 1:
+    if not variant.rotated and (head.output is not None or len(named) == 1):
         tables = _from_rows(named, head.output or next(iter(named)), variant, images)
     else:
         tables = _from_four(named, head, variant)
@@ -54,11 +54,12 @@ def _from_four(named: Named, head: End2EndHead, variant: Variant) -> list[_Table
     boxes = output_named(named, head.boxes, "boxes", variant)
     labels = output_named(named, head.labels, "labels", variant)
     used = {head.boxes: boxes, head.labels: labels}
-    if boxes.ndim == 3 and boxes.shape[2] == 5:
-        boxes, scores = boxes[..., :4], boxes[..., 4]
+    width = 5 if variant.rotated else 4
+    if boxes.ndim == 3 and boxes.shape[2] == width + 1:
+        boxes, scores = boxes[..., :width], boxes[..., width]
     else:
         scores = used[head.scores] = output_named(named, head.scores, "scores", variant)
-    fits = boxes.ndim == 3 and boxes.shape[2] == 4 and scores.shape == labels.shape == boxes.shape[:2]
+    fits = boxes.ndim == 3 and boxes.shape[2] == width and scores.shape == labels.shape == boxes.shape[:2]
     valid = ~(scores <= 0)
     if head.count is not None:
         count = used[head.count] = output_named(named, head.count, "count", variant)
@@ -67,7 +68,7 @@ def _from_four(named: Named, head: End2EndHead, variant: Variant) -> list[_Table
             valid &= np.arange(boxes.shape[1]) < count.reshape(-1, 1)
     if not fits:
         raise AlignError(
-            f"{variant.weights}: outputs {shapes_of(used)}, but layout end2end is count [B, 1], boxes [B, K, 4], "
+            f"{variant.weights}: outputs {shapes_of(used)}, but layout end2end is count [B, 1], boxes [B, K, {width}], "
             "scores [B, K] and labels [B, K]",
             "name the right ones in source.head of the YAML",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from alignment.nms.multiclass import Detections, postprocess
 from alignment.variant import OnnxSource, Variant
 
 if TYPE_CHECKING:
-    from alignment.data.samples import Samples
+    from alignment.data.samples import Sample, Samples
 
 #: Why there is nothing raw or decoded to compare.
 ENDS_IN_NMS = "the model ends in NMS: what it gives are detections"
@@ -66,9 +66,8 @@ def to_outputs(named: dict[str, np.ndarray], variant: Variant, images: int | Non
     if variant.ends_in_nms:
         images = images or 1
         kept = kept_by_graph(named, variant, images)
-        return Outputs(
-            {}, np.empty((images, 0, 4), np.float32), np.empty((images, 0, variant.classes), np.float32), kept
-        )
+        none = np.empty((images, 0, 5 if variant.rotated else 4), np.float32)
+        return Outputs({}, none, np.empty((images, 0, variant.classes), np.float32), kept)
     if isinstance(variant.source, OnnxSource):
         found = Outputs(*decode(named, variant))
         if images is not None and len(found.boxes) != images:
@@ -89,15 +88,20 @@ def detections_of(outputs: Outputs, transform: Transform, variant: Variant) -> D
     return replace(kept, boxes=transform.clip(transform.to_original(kept.boxes)))
 
 
-def detect(samples: Samples, run: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[int, Detections]:
-    """Image id → detections in pixels of the original image.
+def answered(
+    samples: Samples, run: Callable[[np.ndarray], dict[str, np.ndarray]]
+) -> Iterator[tuple[Sample, Outputs, Detections]]:
+    """Each image with what a network gives for it, and the detections of that in pixels of the original image.
 
     Args:
         samples: the images.
         run: a network: ``[1, 3, H, W] float32``, a copy that it may write into, → its outputs by name.
     """
-    found = {}
     for sample in samples:
         outputs = to_outputs(run(sample.tensor[None].copy()), samples.variant, 1)
-        found[sample.entry.id] = detections_of(outputs, sample.transform, samples.variant)
-    return found
+        yield sample, outputs, detections_of(outputs, sample.transform, samples.variant)
+
+
+def detect(samples: Samples, run: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[int, Detections]:
+    """Image id → detections in pixels of the original image; see `answered`."""
+    return {sample.entry.id: found for sample, _, found in answered(samples, run)}

@@ -20,6 +20,7 @@ Cause = Literal[
     "iou_threshold",
     "iou_threshold_edge",
     "iou_comparison",
+    "iou_rounding",
     "degenerate_box",
     "class_agnostic",
     "class_offset_rounding",
@@ -53,6 +54,7 @@ PATH: tuple[tuple[str, Cause], ...] = (
     ("frame", "coordinate_frame"),
     ("reorder", "degenerate_box"),
     ("iou_inclusive", "iou_comparison"),
+    ("iou_rounding", "iou_rounding"),
     ("iou_threshold", "iou_threshold"),
     ("max_per_class", "max_output"),
     ("max_output", "max_output"),
@@ -88,10 +90,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far inputs may have moved for that to be an explanation: `boxes` in pixels of the input, `scores`."""
+    """How far inputs may have moved for that to be an explanation: `boxes` in pixels of the input, `scores`, and of
+    rotated boxes `angles` in radians."""
 
     boxes: float
     scores: float
+    angles: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from alignment.nms.causes import (
     Proof,
     Side,
 )
-from alignment.nms.moved import Mover, distance, too_far
+from alignment.nms.moved import Mover, box_distances, distance, too_far
 from alignment.nms.semantics import Fate, Semantics, run
 from alignment.nms.steps import BY_OTHERS, State, Step
 
@@ -140,9 +140,11 @@ class _Explainer:
         """The reference with some of the subject's parameters."""
         if taken not in self._states:
             fields = {name: getattr(self.subject.semantics, name) for name in taken - {ORDER, INPUTS}}
-            inputs, order = (self.subject if name in taken else self.reference for name in (INPUTS, ORDER))
+            parts = (INPUTS, ORDER, "iou_rounding")
+            inputs, order, rounding = (self.subject if name in taken else self.reference for name in parts)
             semantics = replace(self.reference.semantics, **fields)
-            fates = run(semantics, inputs.boxes, inputs.scores, self.transform, order.seen, order.seen_rows)
+            seen = order.seen, order.seen_rows, rounding.seen
+            fates = run(semantics, inputs.boxes, inputs.scores, self.transform, *seen)
             self._states[taken] = State(fates, self.classes)
         return self._states[taken]
 
@@ -152,11 +154,11 @@ class _Explainer:
         if INPUTS not in self.all or not len(pairs):
             return {}
         rows = pairs // self.classes
-        boxes = distance(self.reference.boxes[rows], self.subject.boxes[rows]).max(1)
-        scores = distance(*(side.scores.reshape(-1)[pairs] for side in (self.reference, self.subject)))
-        beyond = np.flatnonzero(~((boxes <= self.limits.boxes) & (scores <= self.limits.scores)))
-        amounts = {int(pairs[i]): {"boxes": float(boxes[i]), "scores": float(scores[i])} for i in beyond}
-        return {pair: too_far(amount, self.limits) for pair, amount in amounts.items()}
+        moved = box_distances(self.reference.boxes[rows], self.subject.boxes[rows])
+        moved["scores"] = distance(*(side.scores.reshape(-1)[pairs] for side in (self.reference, self.subject)))
+        beyond = np.any([~(values <= getattr(self.limits, name)) for name, values in moved.items()], 0)
+        amounts = ({name: float(values[i]) for name, values in moved.items()} for i in np.flatnonzero(beyond))
+        return dict(zip(pairs[beyond].tolist(), (too_far(one, self.limits) for one in amounts), strict=True))
 
     def _answer(self, pair: int) -> _Answer:
         for side, in_side, state, name in (
@@ -284,7 +286,7 @@ class _Explainer:
         order = self.reference if ORDER in names else self.subject
 
         def rerun(boxes: np.ndarray, scores: np.ndarray) -> State:
-            fates = run(semantics, boxes, scores, self.transform, order.seen, order.seen_rows)
+            fates = run(semantics, boxes, scores, self.transform, order.seen, order.seen_rows, self.subject.seen)
             return State(fates, self.classes)
 
         whole = Step(self._state(base - {INPUTS}), self._state(base))

@@ -17,10 +17,18 @@ DENSE_BELOW, FLOOR = 0.007, -32768.0
 SPLIT = 10000
 
 
-def mmyolo(nms: Nms) -> Semantics:
+#: EfficientNMSRotated_TRT compares the float32 that is nearest to an IoU computed in float64; where that is rounded in
+#: another way, on another machine, the next float32 may come out.
+ROTATED_IOU_ROUNDING = 2.0**-23
+
+
+def mmyolo(nms: Nms, rotated: bool = False) -> Semantics:
     """mmyolo 0.6's ``predict_by_feat`` with mmdet's ``filter_scores_and_topk`` and mmcv 2.0's ``batched_nms``: a score
     must exceed the threshold, `nms_pre` counts (row, class) pairs, boxes are those of the original image, classes are
     kept apart by offsets; clipping comes last.
+
+    Rotated boxes, as mmrotate has them, go when their IoU with a kept one *reaches* the threshold: so it is on the CPU
+    (mmcv 2.0.1, nms_rotated.cpp), while on CUDA it has to exceed it (nms_rotated_cuda.cuh).
 
     YOLOX's ``yolox_style`` lifts max_per_img: give `nms` a `max_per_image` as large as `nms_pre` then.
     """
@@ -32,6 +40,7 @@ def mmyolo(nms: Nms) -> Semantics:
         frame="original",
         classes="offset",
         split=SPLIT,
+        iou_inclusive=rotated,
         max_output=nms.max_per_image,
     )
 
@@ -107,6 +116,29 @@ def efficient_nms(attributes: Mapping[str, Any], candidate_cap: int = 5000) -> S
         classes="together" if attributes.get("class_agnostic", 0) else "apart",
         iou_inclusive=True,
         reorder=True,
+        max_output=int(attributes["max_output_boxes"]),
+    )
+
+
+def efficient_nms_rotated(attributes: Mapping[str, Any]) -> Semantics:
+    """EfficientNMSRotated_TRT, this project's plugin, with these attributes, over rotated boxes and scores in float32
+    (``score_activation``: after their sigmoid): a score must exceed the threshold and an IoU too, ties go by box and
+    class, ``pre_nms_topk`` counts (box, class) pairs that passed, and no other cap is there.
+
+    Boxes that are not finite, or whose area is below 1e-14, overlap nothing.
+
+    Args:
+        attributes: of the node.
+    """
+    background, topk = int(attributes.get("background_class", -1)), int(attributes.get("pre_nms_topk", 0))
+    return Semantics(
+        score_threshold=float(attributes["score_threshold"]),
+        iou_threshold=float(attributes["iou_threshold"]),
+        threshold_float32=True,
+        background=background if background >= 0 else None,
+        topk=topk if topk > 0 else None,
+        classes="together" if attributes.get("class_agnostic", 0) else "apart",
+        iou_rounding=ROTATED_IOU_ROUNDING,
         max_output=int(attributes["max_output_boxes"]),
     )
 

@@ -109,14 +109,13 @@ class Mover:
         return values, step
 
     def moved(self, values: Values) -> dict[str, float]:
-        """How far the ``boxes`` and ``scores`` among `values` moved, at most."""
-        amounts = {}
-        for name, index in (("boxes", list(values.boxes)), ("scores", list(values.scores))):
-            ours, theirs = (getattr(side, name) for side in (self.reference, self.subject))
-            shape = ours.shape if name == "boxes" else (-1,)
-            if index:
-                amounts[name] = float(distance(ours.reshape(shape)[index], theirs.reshape(shape)[index]).max())
-        return amounts
+        """How far the ``scores``, the ``boxes`` and of rotated ones the ``angles`` among `values` moved, at most."""
+        amounts, rows, pairs = {}, list(values.boxes), list(values.scores)
+        if pairs:
+            amounts["scores"] = distance(*(side.scores.reshape(-1)[pairs] for side in (self.reference, self.subject)))
+        if rows:
+            amounts |= box_distances(self.reference.boxes[rows], self.subject.boxes[rows])
+        return {name: float(far.max()) for name, far in amounts.items()}
 
     def told(self, pair: int, values: Values, step: Step, transform: Transform | None, semantics: Semantics) -> str:
         """What was put back, how far it had moved, and what it crossed."""
@@ -126,8 +125,7 @@ class Mover:
             shown = ", ".join(map(str, values.boxes[:5])) + (", ..." if count > 5 else "")
             far = " and ".join(f"{name} by up to {amount:.3g}" for name, amount in amounts.items())
             return f"{count} rows put back ({shown}): {far}"
-        names = {"scores": "score", "boxes": "box"}
-        amounts = {name: amounts[name] for name in ("scores", "boxes") if name in amounts}
+        names = {"scores": "score", "boxes": "box", "angles": "angle"}
         whose = [
             "its own" if one == pair else f"row {one // self.classes}, class {one % self.classes}:" for one in values.of
         ]
@@ -185,12 +183,22 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, far)
 
 
+def box_distances(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+    """How far paired boxes ``[n, 4 or 5]`` are from each other: ``boxes`` ``[n]``, the largest difference in pixels; of
+    rotated ones also ``angles`` ``[n]`` in radians, modulo half a turn, which makes the same box."""
+    far = distance(a, b)
+    found = {"boxes": far[:, :4].max(1)}
+    if far.shape[1] == 5:
+        with np.errstate(invalid="ignore"):
+            found["angles"] = np.abs((far[:, 4] + np.pi / 2) % np.pi - np.pi / 2)
+    return found
+
+
 def too_far(amounts: dict[str, float], limits: Limits) -> str:
     """Why a movement is no rounding, if it is none; one that is no number is none."""
-    allowed = {"boxes": limits.boxes, "scores": limits.scores}
     far = [
-        f"{name} moved by {amount:.3g}, and may by {allowed[name]:.3g}"
+        f"{name} moved by {amount:.3g}, and may by {getattr(limits, name):.3g}"
         for name, amount in amounts.items()
-        if not amount <= allowed[name]
+        if not amount <= getattr(limits, name)
     ]
     return "; ".join(far)

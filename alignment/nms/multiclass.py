@@ -8,6 +8,7 @@ import numpy as np
 
 from alignment.data.preprocess import Transform
 from alignment.nms.implementations import mmyolo
+from alignment.nms.rotated import rotated_iou_matrix
 from alignment.nms.semantics import Semantics, run
 from alignment.variant import Nms
 
@@ -54,11 +55,13 @@ def postprocess(boxes: np.ndarray, scores: np.ndarray, transform: Transform, set
 
 def by_class(settings: Nms, rotated: bool) -> Semantics:
     """mmyolo's, but boxes of other classes are left alone: mmcv moves them apart, which rounds them (see
-    `with_class_offsets`).
+    `with_class_offsets`)."""
+    return replace(mmyolo(settings, rotated), classes="apart", split=None)
 
-    A rotated box goes when its IoU with a kept one *reaches* the threshold, as in mmcv 2.0.1's nms_rotated.cpp.
-    """
-    return replace(mmyolo(settings), classes="apart", split=None, iou_inclusive=rotated)
+
+def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of every box of `a` ``[n, 4]`` with every box of `b` ``[m, 4]``, or of rotated ``[., 5]``: ``[n, m]``."""
+    return rotated_iou_matrix(a, b) if a.shape[1] == 5 else iou_matrix(a, b)
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -22,6 +22,14 @@ def corners(boxes: np.ndarray) -> np.ndarray:
     return centre + np.stack([-along - across, along - across, along + across, across - along], -2)
 
 
+def upright(boxes: np.ndarray) -> np.ndarray:
+    """The upright boxes ``[n, 4]`` (x1, y1, x2, y2) around rotated ones ``[n, 5]``; others as they are."""
+    if boxes.shape[1] == 4:
+        return boxes
+    around = corners(boxes)
+    return np.concatenate([around.min(1), around.max(1)], 1)
+
+
 def rotated_iou_matrix(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
     """IoU of every rotated box of `a` ``[n, 5]`` with every one of `b` ``[m, 5]``: ``[n, m] float64``.
 

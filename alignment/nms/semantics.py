@@ -58,6 +58,8 @@ class Semantics:
             also leaves the boxes where they are then.
         iou_threshold: compared in float32.
         iou_inclusive: whether a box goes whose IoU with a kept one is the threshold.
+        iou_rounding: how far its IoU may be from the true one: boxes whose IoU is that near to the threshold may go
+            either way, and go as they were seen to.
         reorder: whether x1 > x2 or y1 > y2 is mended before the IoU, and boxes without area overlap nothing.
         max_per_class: how many detections of a class.
         max_output: how many detections.
@@ -79,6 +81,7 @@ class Semantics:
     classes: Classes = "apart"
     split: int | None = None
     iou_inclusive: bool = False
+    iou_rounding: float = 0.0
     reorder: bool = False
     max_per_class: int | None = None
     max_output: int | None = None
@@ -116,6 +119,7 @@ def run(
     transform: Transform | None = None,
     first: np.ndarray | None = None,
     first_rows: np.ndarray | None = None,
+    seen: np.ndarray | None = None,
 ) -> Fates:
     """Post-processes one image.
 
@@ -127,6 +131,7 @@ def run(
         first: pairs, as row × C + class, that go first among equal scores, in this order: what an implementation that
             sorts ties in no order was seen to keep.
         first_rows: the same of rows, for a TopK over anchors; default: the rows of `first`.
+        seen: pairs, as row × C + class, that the implementation was seen to keep; see `Semantics.iou_rounding`.
     """
     classes = scores.shape[1]
     ranked, most_rows = None, semantics.topk if semantics.topk_unit == "anchors" else None
@@ -153,6 +158,9 @@ def run(
     placed, groups = _for_nms(semantics, boxes[rows[alive]], labels[alive], transform)
     by, iou = np.full(len(flat), -1, np.int64), np.zeros(len(flat), np.float32)
     found = _Greedy(semantics, placed, groups, values[alive])
+    if seen is not None and semantics.iou_rounding:
+        original = rows[alive] if ranked is None else ranked[rows[alive]]
+        found.seen = np.isin(original * classes + labels[alive], seen)
     found.settle(labels[alive])
     hit = found.by >= 0
     by[alive[hit]], iou[alive[hit]] = alive[found.by[hit]], found.iou[hit]
@@ -246,7 +254,12 @@ def with_class_offsets(boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 class _Greedy:
-    """Greedy NMS of `boxes` by falling score; `fates`, `by` and `iou` say what becomes of each."""
+    """Greedy NMS of `boxes` by falling score; `fates`, `by` and `iou` say what becomes of each.
+
+    `seen` says of each whether it was seen to be kept, where that is known.
+    """
+
+    seen: np.ndarray | None = None
 
     def __init__(self, semantics: Semantics, boxes: np.ndarray, groups: np.ndarray, scores: np.ndarray) -> None:
         self.semantics, self.boxes, self.groups, self.scores = semantics, boxes, groups, scores
@@ -333,6 +346,8 @@ class _Greedy:
         threshold = np.float32(self.semantics.iou_threshold)
         with np.errstate(invalid="ignore"):
             meets = iou >= threshold if self.semantics.iou_inclusive else iou > threshold
+            if self.seen is not None:
+                meets = np.where(np.abs(iou - threshold) <= self.semantics.iou_rounding, ~self.seen[b], meets)
         return iou, meets & where
 
 

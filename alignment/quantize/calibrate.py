@@ -23,7 +23,7 @@ from alignment.layers import mark_outputs
 from alignment.quantize.observers import amax_of
 from alignment.quantize.sharing import shared
 from alignment.quantize.statistics import Statistics
-from alignment.runners.base import cpu_threads
+from alignment.runners.onnxruntime import open_session
 from alignment.storage import locked, writing
 
 #: Images between two writes of what was seen so far.
@@ -238,7 +238,9 @@ class _Observed:
     def __init__(self, graph: onnx.ModelProto, names: list[str], path: Path) -> None:
         self.image, *self.others = names
         self._graph = graph
-        self._session = open_session(mark_outputs(graph, self.others), path)
+        # Threads that spin while they wait would take the processor from those that have work: ours, and others' on a
+        # machine that is shared.
+        self._session = open_session(mark_outputs(graph, self.others), path, spin=False)
         self._kept: dict[str, np.ndarray] = {}
         self._shape: tuple[int, ...] = ()
 
@@ -286,19 +288,3 @@ def shapes_of(graph: onnx.ModelProto, names: list[str], batch: tuple[int, ...]) 
         if tensor.HasField("shape") and all(dims):
             found[value.name] = dims
     return {name: found[name] for name in names if name in found}
-
-
-def open_session(model: onnx.ModelProto, path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = cpu_threads() or 0
-    # Threads that spin while they wait would take the processor from those that have work: ours, and others' on a
-    # machine that is shared.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has one exception type for each status code
-        reason = " ".join(str(error).split())[:240]
-        raise AlignError(f"{path}: ONNX Runtime cannot load it: {reason}", "export it again") from None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from alignment.export.onnx_export import exported
 from alignment.export.plugin_nms import refuse_plugin
+from alignment.quantize.calibrate import identity_of
 from alignment.quantize.graph import OnnxGraph
 from alignment.quantize.placement import place
-from alignment.quantize.recipe import Quantized, quantize
+from alignment.quantize.recipe import Quantized, calibration_samples, quantize, search_identity
 from alignment.variant import Variant, with_quantization
 
 
@@ -48,7 +51,19 @@ class Candidates:
         Which other nodes read int8 follows by the placement rules: what moves values stays float where no node reads
         them in int8 any more.
         """
-        return quantize(with_quantization(self.variant, {"keep_float": self.named(kept)}), self._data)
+        return quantize(self._keeping(kept), self._data)
+
+    def identity(self, kept: Collection[str]) -> list[Any]:
+        """All that decides which graph `quantized` gives, JSON values, at no cost."""
+        recipe = self._keeping(kept).quantization
+        return [self._calibrated, recipe.fingerprint(), search_identity(recipe)]
+
+    @cached_property
+    def _calibrated(self) -> dict[str, Any]:
+        return identity_of(self.source, calibration_samples(self.variant, self._data))
+
+    def _keeping(self, kept: Collection[str]) -> Variant:
+        return with_quantization(self.variant, {"keep_float": self.named(kept)})
 
     def int8_share(self, kept: Collection[str] = ()) -> float:
         """The share of the network's multiplications that are done in int8 when these nodes stay float too.

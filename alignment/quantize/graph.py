@@ -15,6 +15,7 @@ from alignment.errors import AlignError
 
 #: Operators with weights of their own, at input 1; a MatMul has them where that is a constant matrix.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+QUANTIZE, DEQUANTIZE = QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 #: Activations of one input that TensorRT computes together with the convolution before them.
 ACTIVATIONS = (
     *("Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish"),

@@ -10,10 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from onnx import ModelProto
 
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.coco import CocoDataset
@@ -22,29 +20,39 @@ from alignment.errors import AlignError
 from alignment.models.outputs import Outputs, detections_of, to_outputs
 from alignment.nms.multiclass import Detections
 from alignment.quantize.sensitivity import Distortion, kl_divergence
+from alignment.runners.onnxruntime import open_session
 from alignment.variant import Variant
 
 
 class Store:
-    """Tensors by name, each a file with a row for each image."""
+    """Tensors by name, each a file with a row for each image, written in their order."""
 
     def __init__(self, folder: Path, images: int) -> None:
         self.folder, self.images = folder, images
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def write(self, image: int, values: Mapping[str, np.ndarray]) -> None:
-        """Adds the tensors of one image.  Raises AlignError for one whose shape is not the same for every image."""
+        """Adds the tensors of one image.
+
+        Raises:
+            AlignError: for a tensor whose shape is not the same for every image, and for a disk that is full.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name, value in values.items():
+            before = self._shapes.setdefault(name, value.shape)
+            if before != value.shape:
+                raise AlignError(f"tensor {name}: {value.shape}, but {before} before", "give a fixed input size")
             path = self._path(name)
-            if image == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                rows = np.lib.format.open_memmap(path, "w+", value.dtype, (self.images, *value.shape))
-            else:
-                rows = np.lib.format.open_memmap(path, "r+")
-            if rows.shape[1:] != value.shape:
-                raise AlignError(
-                    f"tensor {name}: {value.shape}, but {rows.shape[1:]} before", "give a fixed input size"
-                )
-            rows[image] = value
+            try:
+                # Not through a map: what a full disk does to that is no exception, but the end of the process.
+                with path.open("ab" if image else "wb") as file:
+                    if not image:
+                        header = {"descr": value.dtype.str, "fortran_order": False}
+                        np.lib.format.write_array_header_2_0(file, {**header, "shape": (self.images, *value.shape)})
+                    file.write(value.tobytes())
+            except OSError as error:
+                mend = "make room there, or set ALIGN_CACHE to a folder of a larger disk; what is done is kept"
+                raise AlignError(f"{path}: {error.strerror or error}", mend) from None
 
     def read(self, name: str) -> np.ndarray:
         """``[images, ...]``, mapped from its file."""
@@ -146,7 +154,7 @@ def measure(job: Job) -> dict[str, float]:
     Raises:
         AlignError: for values that are not finite, and for files that are not there.
     """
-    session = open_plainly(job.graph)
+    session = open_session(job.graph, f"{job.graph} of {job.node}", optimize=False, threads=1)
     reads = [value.name for value in session.get_inputs()]
     gives = [value.name for value in session.get_outputs()]
     kept = {name: job.kept.read(name) for name in {*reads, job.tensor, *job.outputs} - ({*gives} - {job.tensor})}
@@ -159,19 +167,3 @@ def measure(job: Job) -> dict[str, float]:
     if not all(map(math.isfinite, found.values())):
         raise AlignError(f"node {job.node}: in int8 the network gives values that are not finite", "run `align layers`")
     return found
-
-
-def open_plainly(graph: Path | ModelProto) -> Any:
-    """A session of ONNX Runtime that computes the nodes one by one as they are, in one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    source = graph.SerializeToString() if isinstance(graph, ModelProto) else str(graph)
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has one exception type for each status code
-        reason = " ".join(str(error).split())[:240]
-        raise AlignError(f"ONNX Runtime cannot load the graph of a layer: {reason}", "export the model again") from None

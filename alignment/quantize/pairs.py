@@ -13,9 +13,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from alignment.errors import AlignError
-from alignment.quantize.graph import attribute, reads
-
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+from alignment.quantize.graph import DEQUANTIZE, QUANTIZE, attribute, reads
 
 
 @dataclass(frozen=True)

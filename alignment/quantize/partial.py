@@ -12,14 +12,13 @@ from typing import Any, Literal
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.quantize.candidates import Candidates
-from alignment.quantize.keep_float import write_keep_float
+from alignment.quantize.keep_float import KEEP_FLOAT, write_keep_float
 from alignment.quantize.ranking import rank_correlations
 from alignment.quantize.scoring import Score, Scorer
-from alignment.quantize.search import NONE, SWAPS, TRIES, Found, Kept, Search
-from alignment.quantize.sensitivity import METRICS, Sensitivity
+from alignment.quantize.search import NONE, SWAPS, TRIES, Choice, Kept, Search
+from alignment.quantize.sensitivity import METRICS, Mode, Sensitivity
 from alignment.storage import writing
 
-KEEP_FLOAT = "keep_float.yaml"
 BUDGET = "give AP=0.3 for 0.3 points of AP (0.003 of 1) lost at most, or agreement=0.95 for that agreement at least"
 
 
@@ -117,7 +116,7 @@ class Partial:
     reference: Score
     images: int
     search: Search
-    found: Found
+    found: Choice
     needed: dict[str, float]
     correlations: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -179,12 +178,21 @@ class Partial:
         from alignment.report.pareto import draw_pareto
 
         paths = [folder / name for name in (KEEP_FLOAT, "partial.json", "pareto.svg")]
-        write_keep_float(paths[0], self.candidates.variant.name, self.candidates.source, self.reasons)
+        variant = self.candidates.variant
+        write_keep_float(paths[0], variant.name, self.candidates.source, self.reasons, variant.quantization)
         with writing(paths[1]) as file:
             file.write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
         with writing(paths[2]) as file:
-            draw_pareto(file, self.candidates.variant.name, self.points, self.point(self.found.chosen), self.ways)
+            draw_pareto(file, variant.name, self.points, self.point(self.found.chosen), self.ways)
         return paths
+
+
+def swept(candidates: Candidates, scorer: Scorer, progress: Callable[[str, int, int], None] | None) -> Sensitivity:
+    """The sweep that a search goes by, on the same images; `progress` as `alignment.quantize.sweep.sweep` has it."""
+    from alignment.quantize.sweep import sweep
+
+    mode: Mode = "leave-one-out" if candidates.variant.quantization.searched else "quantize-one"
+    return sweep(candidates.variant, candidates.quantized(()), scorer.samples, mode, progress=progress)[0]
 
 
 def partial(
@@ -217,7 +225,11 @@ def partial(
     _require_same(candidates, sensitivity)
     rankings = {metric: _ranking(candidates, sensitivity, metric)}
     rankings |= {other: _ranking(candidates, sensitivity, other) for other in _metrics(sensitivity) if other != metric}
-    search = Search(rankings, lambda kept: scorer.score(candidates.quantized(kept).model), tries, swaps, progress)
+
+    def objective(kept: Kept) -> Score:
+        return scorer.score_made(candidates.identity(kept), lambda: candidates.quantized(kept).model)
+
+    search = Search(rankings, objective, tries, swaps, progress)
     reference = scorer.float_score
     if goal.kind == "AP" and reference.ap < 0:
         raise AlignError(f"{candidates.variant.name}: its images have no truth to lose AP on", "give agreement=0.95")

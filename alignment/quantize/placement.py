@@ -17,7 +17,7 @@ from typing import Literal
 from onnx import ModelProto, NodeProto
 
 from alignment.errors import AlignError
-from alignment.quantize.graph import OnnxGraph, attribute
+from alignment.quantize.graph import QUANTIZE, OnnxGraph, attribute
 
 PolicyName = Literal["tensorrt", "conv-only", "full"]
 #: Operators that only move values or drop some; a Resize does where it takes the nearest.
@@ -301,7 +301,7 @@ def place(
     rules = policy if isinstance(policy, Policy) else POLICIES.get(policy)
     if rules is None:
         raise AlignError(f"no placement policy is named {policy!r}", f"one of {', '.join(POLICIES)}")
-    there = next((node.name for node in graph.nodes if node.op_type == "QuantizeLinear"), None)
+    there = next((node.name for node in graph.nodes if node.op_type == QUANTIZE), None)
     if there is not None:
         raise AlignError(f"node {there}: the graph is quantized already", "place quantizers in the float32 export")
     float_nodes = _float_nodes(graph, rules, graph.matching(keep_float))

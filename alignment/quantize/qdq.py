@@ -12,6 +12,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from alignment.errors import AlignError
+from alignment.quantize.graph import DEQUANTIZE, QUANTIZE, QUANTIZING
 from alignment.quantize.placement import Placement, WeightQuantizer
 
 #: The first with a scale for each channel.
@@ -88,7 +89,7 @@ def fake_quantizers(model: ModelProto) -> tuple[dict[str, np.float32], dict[str,
     activations: dict[str, np.float32] = {}
     weights: dict[str, np.ndarray] = {}
     for node in model.graph.node:
-        if node.op_type != "QuantizeLinear":
+        if node.op_type != QUANTIZE:
             continue
         tensor, scale_name = node.input[:2]
         if scale_name not in constants:
@@ -144,15 +145,14 @@ class _Writer:
         if axis is None and scale.shape != ():
             raise AlignError(f"tensor {tensor}: {scale.size} scales", "an activation has one")
         quantize, dequantize, scale_name, zero, quantized, dequantized = (
-            self._name(f"{tensor}_{rest}")
-            for rest in ("QuantizeLinear", "DequantizeLinear", "scale", "zero_point", "quantized", "dequantized")
+            self._name(f"{tensor}_{rest}") for rest in (*QUANTIZING, "scale", "zero_point", "quantized", "dequantized")
         )
         self._store(scale_name, scale)
         self._store(zero, np.zeros(scale.shape, np.int8))
         self._reconnect(tensor, readers, dequantized)
         nodes = [
-            helper.make_node("QuantizeLinear", [tensor, scale_name, zero], [quantized], quantize),
-            helper.make_node("DequantizeLinear", [quantized, scale_name, zero], [dequantized], dequantize),
+            helper.make_node(QUANTIZE, [tensor, scale_name, zero], [quantized], quantize),
+            helper.make_node(DEQUANTIZE, [quantized, scale_name, zero], [dequantized], dequantize),
         ]
         for node in nodes if axis is not None else ():
             node.attribute.append(helper.make_attribute("axis", axis))

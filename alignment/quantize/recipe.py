@@ -186,7 +186,7 @@ def quantize(
     if trained is not None:
         return _with_trained_scales(source, recipe, calibration, trained)
     found = apply(source, recipe, calibration, ranges)
-    if recipe.rounding == "nearest" and not recipe.bias_correction:
+    if not search_identity(recipe, device):
         return found
     return _improved(variant, found, samples, progress, device)
 
@@ -223,6 +223,19 @@ def _with_trained_scales(source: Path, recipe: Quantization, calibration: Calibr
     return replace(found, model=model, scales=scales, weight_scales=weight_scales)
 
 
+def search_identity(recipe: Quantization, device: str = "cpu") -> list[Any]:
+    """What a search for weights or biases depends on beside the recipe, JSON values; empty where there is none."""
+    if recipe.rounding == "nearest" and not recipe.bias_correction:
+        return []
+    import torch
+
+    from alignment.quantize import reconstruction
+    from alignment.quantize.adaround import Options
+
+    options = asdict(Options(device=device))
+    return [options, reconstruction.IMAGES, reconstruction.PLACES, reconstruction.WINDOW, torch.__version__]
+
+
 def _improved(
     variant: Variant, found: Quantized, samples: Samples, progress: Progress | None, device: str
 ) -> Quantized:
@@ -236,8 +249,8 @@ def _improved(
     if device == "cuda" and not torch.cuda.is_available():
         raise AlignError(f"--device {device}: torch {torch.__version__} finds no GPU", "leave it at cpu")
     recipe, options = variant.quantization, Options(device=device)
-    searched = [asdict(options), reconstruction.IMAGES, reconstruction.PLACES, reconstruction.WINDOW, torch.__version__]
     scales = {name: float(scale) for name, scale in found.scales.items()}
+    searched = search_identity(recipe, device)
     known = [found.calibration.identity, recipe.fingerprint(), file_digest(found.source), scales, searched]
     key = json.dumps(known, sort_keys=True)
     path = cache_dir() / "weights" / f"{variant.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 from onnx import ModelProto
@@ -74,12 +75,22 @@ class Scorer:
     @cached_property
     def float_score(self) -> Score:
         """The score of the float32 network, whose agreement with itself is 1."""
-        return self._kept(self.source.read_bytes(), lambda: self.reference)
+        return self._kept(_digest(self.source.read_bytes()), lambda: self.judge(self.reference))
 
     def score(self, model: ModelProto) -> Score:
         """The score of a quantized graph."""
         content = model.SerializeToString(deterministic=True)
-        return self._kept(content, lambda: self._detect(content))
+        return self._kept(_digest(content), lambda: self.judge(self._detect(content)))
+
+    def score_made(self, identity: Any, make: Callable[[], ModelProto]) -> Score:
+        """The score of a graph that is made only where none is known.
+
+        Args:
+            identity: all that decides which graph it is, JSON values.
+            make: makes it.
+        """
+        made_of = _digest(json.dumps(identity, sort_keys=True).encode())
+        return self._kept(f"made of {made_of}", lambda: self.score(make()))
 
     def judge(self, found: Mapping[int, Detections]) -> Score:
         """The score of detections, by image id."""
@@ -99,21 +110,20 @@ class Scorer:
             path.write_bytes(content)
             return self.detect(path)
 
-    def _kept(self, content: bytes, detect: Callable[[], dict[int, Detections]]) -> Score:
-        """The score of a graph from the cache; what it detects is asked for only where that is not known yet."""
-        path = cache_dir() / "scores" / f"{self.variant.name}-{self._key(content)}.json"
+    def _kept(self, graph: str, measure: Callable[[], Score]) -> Score:
+        """The score of a graph from the cache, by what stands for it; it is measured where that is not known yet."""
+        path = cache_dir() / "scores" / f"{self.variant.name}-{self._key(graph)}.json"
         with locked(path):
             try:
                 return Score(**json.loads(path.read_text(encoding="utf-8")))
             except (FileNotFoundError, ValueError, TypeError):  # a file that cannot be read is as none
-                score = self.judge(detect())
+                score = measure()
             with writing(path) as file:
                 file.write_text(json.dumps(asdict(score)) + "\n", encoding="utf-8")
             return score
 
-    def _key(self, content: bytes) -> str:
-        parts = [*self._identity, hashlib.sha256(content).hexdigest()]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    def _key(self, graph: str) -> str:
+        return _digest(json.dumps([*self._identity, graph]).encode())[:16]
 
     @cached_property
     def _identity(self) -> list[str | int | None]:
@@ -122,3 +132,7 @@ class Scorer:
         images = [dataset.content_fingerprint, dataset.fingerprint, len(self.samples)]
         versions = [MEANING, __version__, onnxruntime.__version__, cpu_threads()]
         return [self.variant.fingerprint(), file_digest(self.source), *images, *versions]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -26,7 +26,7 @@ NONE: Kept = frozenset()
 
 
 @dataclass(frozen=True)
-class Found:
+class Choice:
     """What a search came to.
 
     Attributes:
@@ -90,7 +90,7 @@ class Search:
         """The members of a set, the most sensitive first."""
         return [node for node in self.ranking if node in kept]
 
-    def by_count(self, count: int) -> Found:
+    def by_count(self, count: int) -> Choice:
         """The best set of `count` nodes: never worse than the first `count` of any ranking.
 
         These are some starts; another is greedy: one node at a time, that with which the set scores best.  The best of
@@ -107,9 +107,9 @@ class Search:
         ways = {f"top-{count} by {name}": frozenset(order[:count]) for name, order in self.rankings.items()}
         ways["greedy"] = greedy
         ways["exchanged"] = self._exchanged(self._best(ways.values()))
-        return Found(self._best(ways.values()), True, ways)
+        return Choice(self._best(ways.values()), True, ways)
 
-    def by_score(self, reached: Callable[[Score], bool], macs: Mapping[str, int]) -> Found:
+    def by_score(self, reached: Callable[[Score], bool], macs: Mapping[str, int]) -> Choice:
         """The set with the fewest multiplications in float that has a score which `reached` accepts.
 
         It grows along each ranking, and by gain for each multiplication, until it is reached; then every member that
@@ -138,11 +138,11 @@ class Search:
                 break  # other rankings end at the same set, that of all nodes, which is not enough
         enough = [kept for kept in self.scores if reached(self.scores[kept])]
         if not enough:
-            return Found(self._best(self.scores), False, ways)
+            return Choice(self._best(self.scores), False, ways)
         # Among them those that were only tried on the way: a step goes by gain, and may pass one by.
-        return Found(min(enough, key=lambda kept: (cost(kept), -self.scores[kept].agreement)), True, ways)
+        return Choice(min(enough, key=lambda kept: (cost(kept), -self.scores[kept].agreement)), True, ways)
 
-    def by_latency(self, latency: Callable[[Kept], float], limit: float) -> Found:
+    def by_latency(self, latency: Callable[[Kept], float], limit: float) -> Choice:
         """The most accurate set that takes at most `limit` ms.
 
         It grows by the node with which it scores best, as long as that helps, and is fast enough.
@@ -163,7 +163,7 @@ class Search:
                 break
             kept = step
         self.score(kept)
-        return Found(kept, reached, {"greedy": kept})
+        return Choice(kept, reached, {"greedy": kept})
 
     def needed(self, kept: Kept) -> dict[str, float]:
         """By how much agreement falls when one member alone goes back to int8, the most sensitive first."""

@@ -30,12 +30,13 @@ from alignment.data.samples import Samples
 from alignment.errors import AlignError
 from alignment.export.onnx_export import exported, file_digest, modules_of
 from alignment.layers import mark_outputs
-from alignment.models.outputs import detections_of, to_outputs
+from alignment.models.outputs import answered
 from alignment.quantize.graph import OnnxGraph
-from alignment.quantize.layer_job import Job, Meter, Store, Truth, compared, measure, open_plainly
+from alignment.quantize.layer_job import Job, Meter, Store, Truth, compared, measure
 from alignment.quantize.recipe import Quantized
 from alignment.quantize.sensitivity import LayerSensitivity, Mode, Part, Sensitivity
 from alignment.quantize.suffix import Suffix, Unchanged
+from alignment.runners.onnxruntime import OnnxRuntimeRunner, open_session
 from alignment.storage import cache_dir, locked
 from alignment.variant import Variant
 
@@ -230,7 +231,8 @@ class _Base:
         model = plan.base
         self.outputs = tuple(value.name for value in model.graph.output)
         self._input = model.graph.input[0].name
-        self._session = open_plainly(mark_outputs(model, sorted(names - {self._input})))
+        marked = mark_outputs(model, sorted(names - {self._input}))
+        self._session = open_session(marked, f"{plan.variant.name} with tensors marked", optimize=False, threads=1)
 
     def run(self, image: np.ndarray, names: Collection[str]) -> dict[str, np.ndarray]:
         """The tensors of these names, among which the image itself may be, and the outputs."""
@@ -269,16 +271,13 @@ def _swept(
 
 
 def _truth(plan: _Plan, folder: Path, show: Progress) -> Truth:
-    session, store = open_plainly(plan.reference), Store(folder, len(plan.samples))
-    names = [value.name for value in session.get_outputs()]
+    store = Store(folder, len(plan.samples))
     transforms, detections = {}, {}
-    for index, sample in enumerate(plan.samples):
-        answers = session.run(names, {session.get_inputs()[0].name: sample.tensor[None]})
-        outputs = to_outputs(dict(zip(names, answers, strict=True)), plan.variant, 1)
-        store.write(index, compared(outputs, plan.variant))
-        transforms[sample.entry.id] = sample.transform
-        detections[sample.entry.id] = detections_of(outputs, sample.transform, plan.variant)
-        show("FP32", index + 1, len(plan.samples))
+    with OnnxRuntimeRunner(plan.reference, optimize=False, threads=1) as runner:
+        for index, (sample, outputs, found) in enumerate(answered(plan.samples, runner.run)):
+            store.write(index, compared(outputs, plan.variant))
+            transforms[sample.entry.id], detections[sample.entry.id] = sample.transform, found
+            show("FP32", index + 1, len(plan.samples))
     dataset = plan.samples.dataset
     return Truth(plan.variant, dataset, transforms, detections, coco_ap(dataset, detections)[0], store)
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import jinja2
 
+from alignment.report.ladder import figures, plot_uri
 from alignment.results import Alignment, Box, CaseResult, WorstImage
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -33,7 +34,7 @@ def render(alignment: Alignment, folder: Path) -> str:
     """
     cases = sorted(alignment.cases, key=lambda case: STATUSES.index(case.status))
     verdict, summary = headline(alignment)
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     page = template.render(run=alignment, cases=cases, verdict=verdict, summary=summary, pictures=_Pictures(folder))
     return page.lstrip()
 
@@ -53,6 +54,9 @@ def headline(alignment: Alignment) -> tuple[str, str]:
             found += f", {wrong} by a wrong setting"
         if unexplained or wrong or not total:
             return ("Not explained" if unexplained else "Wrong setting" if wrong else "Explained"), found
+    if alignment.ladders and not total:
+        rungs = sum(len(ladder.rungs) for ladder in alignment.ladders)
+        return "Measured", f"{_plural(rungs, 'rung')} from float to int8"
     if counts["pass"]:
         return "Aligned", f"{counts['pass']} of {_plural(total, 'case')} {_verb(counts['pass'], 'pass')}"
     return "Nothing checked", "every case was skipped" if total else "the run holds no case"
@@ -91,8 +95,8 @@ def decibel(value: float | None) -> str:
 
 
 def score(value: float | None) -> str:
-    """An AP, four decimals."""
-    return ABSENT if value is None else f"{value:.4f}"
+    """An AP, four decimals; one below 0 is that of images without truth."""
+    return ABSENT if value is None or value < 0 else f"{value:.4f}"
 
 
 def scores_line(case: CaseResult) -> str:
@@ -105,7 +109,7 @@ def scores_line(case: CaseResult) -> str:
 
 def change(case: CaseResult) -> float | None:
     """Subject AP less reference AP."""
-    if case.scores is None or case.scores.reference_ap is None:
+    if case.scores is None or case.scores.reference_ap is None or case.scores.reference_ap < 0:
         return None
     return case.scores.subject_ap - case.scores.reference_ap
 
@@ -210,7 +214,8 @@ class _Pictures:
         return f"data:{mime};base64,{base64.b64encode(content).decode()}" if mime else None
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates whose output is escaped, and the filters that they use."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -232,6 +237,8 @@ def _environment() -> jinja2.Environment:
         key,
         drawn,
         tag_size,
+        figures,
+        plot_uri,
     )
     environment.filters.update({function.__name__: function for function in filters})
     environment.filters.update(policy_hash=_policy_hash, plural=_plural)

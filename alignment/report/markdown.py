@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from alignment.report import ladder
 from alignment.results import Alignment, CaseResult
 
 HEADING = "largest error of boxes, px / of scores / change of AP"
 
 
 def to_markdown(alignment: Alignment) -> str:
-    """The accuracy of every case against its reference, variants that were not run left out."""
+    """The accuracy of every case against its reference, variants that were not run left out; then ladders to int8."""
+    tables = [ladder.to_markdown(one) for one in alignment.ladders]
+    return "\n".join([*([_cases(alignment)] if alignment.cases or not tables else []), *tables])
+
+
+def _cases(alignment: Alignment) -> str:
     by_variant: dict[str, dict[str, CaseResult]] = {}
     for case in sorted(alignment.cases, key=_order):
         if case.scores:
@@ -25,7 +31,8 @@ def to_markdown(alignment: Alignment) -> str:
         cases = by_variant[variant]
         first = next(iter(cases.values()))
         cells = [_cell(cases[column]) if column in cases else "-" for column in columns]
-        lines.append(f"| {variant} | {first.images} | {_reference_ap(first):.4f} | {' | '.join(cells)} |")
+        ap = _reference_ap(first)
+        lines.append(f"| {variant} | {first.images} | {'-' if ap < 0 else f'{ap:.4f}'} | {' | '.join(cells)} |")
     doubts = dict.fromkeys((case.case.variant, doubt) for case in done for doubt in case.doubts)
     if doubts:
         lines += ["", *(f"- {variant}: {doubt}" for variant, doubt in doubts)]
@@ -59,5 +66,5 @@ def _cell(case: CaseResult) -> str:
         values[check.name] = max(check.value, values.get(check.name, 0.0))
     parts = [f"{values[name]:.2g}" if name in values else "-" for name in ("boxes", "scores")]
     change = round(case.scores.subject_ap - _reference_ap(case), 4) if case.scores else 0.0
-    parts.append(f"{change + 0.0:+.4f}")  # no negative zero
+    parts.append("-" if case.scores and case.scores.subject_ap < 0 else f"{change + 0.0:+.4f}")  # no negative zero
     return " / ".join(parts) + ("" if case.status == "pass" else " **fails**")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from alignment.errors import AlignError
 from alignment.report.html import render
-from alignment.results import SCHEMA_VERSION, Alignment, CaseResult, Explanation
+from alignment.results import SCHEMA_VERSION, Alignment, CaseResult, Explanation, Ladder
 from alignment.storage import writing
 
 RESULTS = "alignment.json"
@@ -72,9 +72,9 @@ def read_run(folder: Path) -> Alignment:
 def merge(parts: list[Alignment]) -> Alignment:
     """Joins what the workers of one run found.
 
-    Cases and explanations are ordered by id, and of one that occurs twice the last counts.  `created`, `command` and
-    `machine` are those of the first part, `dataset` and `timing` are unions, where a later part replaces a key of an
-    earlier one.
+    Cases, explanations and ladders are ordered by id, and of one that occurs twice the last counts.  `created`,
+    `command` and `machine` are those of the first part, `dataset` and `timing` are unions, where a later part replaces
+    a key of an earlier one.
 
     Raises:
         AlignError: there is no part.
@@ -83,10 +83,12 @@ def merge(parts: list[Alignment]) -> Alignment:
         raise AlignError("no results to merge", "run at least one case")
     cases: dict[str, CaseResult] = {}
     explanations: dict[str, Explanation] = {}
+    ladders: dict[str, Ladder] = {}
     timing: dict[str, float] = {}
     for part in parts:
         timing.update(part.timing)
         explanations.update({one.id: one for one in part.explanations})
+        ladders.update({one.variant: one for one in part.ladders})
         cases.update({case.case.id: case for case in part.cases})
     return Alignment(
         created=parts[0].created,
@@ -96,6 +98,7 @@ def merge(parts: list[Alignment]) -> Alignment:
         timing=timing,
         cases=[cases[name] for name in sorted(cases)],
         explanations=[explanations[name] for name in sorted(explanations)],
+        ladders=[ladders[name] for name in sorted(ladders)],
     )
 
 

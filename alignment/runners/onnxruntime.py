@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from onnx import ModelProto
 
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.runners.base import Runner, cpu_threads, in_pieces
+
+
+def open_session(
+    graph: Path | ModelProto, name: Path | str, optimize: bool = True, threads: int | None = None, spin: bool = True
+) -> Any:
+    """A session of ONNX Runtime on the CPU.
+
+    Args:
+        graph: a file, or what is in it.
+        name: what an error calls it.
+        optimize: without, every node is computed by itself, as it is.
+        threads: default: `cpu_threads`.
+        spin: whether threads that wait keep the processor busy.
+
+    Raises:
+        AlignError: when ONNX Runtime cannot load it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # Fatal ones only: every error is also raised, and said once.
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or cpu_threads() or 0
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    source = graph.SerializeToString() if isinstance(graph, ModelProto) else str(graph)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has one exception type for each status code
+        reason = " ".join(str(error).split())[:240]
+        raise AlignError(f"{name}: ONNX Runtime cannot load it: {reason}", "export it again") from None
 
 
 class OnnxRuntimeRunner(Runner):
@@ -18,25 +53,16 @@ class OnnxRuntimeRunner(Runner):
         path: the file.
         optimize: ONNX Runtime's graph optimization; off for quantized graphs, whose fused int8 kernels saturate on
             some CPUs.
+        threads: see `open_session`.
 
     Raises:
         AlignError: when ONNX Runtime cannot load it, an unknown operator say.
     """
 
-    def __init__(self, path: Path, optimize: bool = True) -> None:
+    def __init__(self, path: Path, optimize: bool = True, threads: int | None = None) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        # Fatal ones only: every error is also raised, and said once.
-        options.log_severity_level = 4
-        options.intra_op_num_threads = cpu_threads() or 0
-        level = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has one exception type for each status code
-            reason = " ".join(str(error).split())[:240]
-            raise AlignError(f"{path}: ONNX Runtime cannot load it: {reason}", "export it again") from None
+        self._session = open_session(path, path, optimize, threads)
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
             shown = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
@@ -51,7 +77,7 @@ class OnnxRuntimeRunner(Runner):
             "onnxruntime": onnxruntime.__version__,
             "providers": self._session.get_providers(),
             "graph_optimization": optimize,
-            "threads": cpu_threads() or "all",
+            "threads": threads or cpu_threads() or "all",
             "onnx_sha256": file_digest(path),
         }
 

@@ -9,7 +9,7 @@ from alignment.case import Case
 from alignment.engine.build import BuildOptions
 from alignment.export.float16 import float16_model, float32_nodes
 from alignment.export.onnx_export import exported
-from alignment.export.plugin_nms import ends_in_plugin
+from alignment.export.plugin_nms import plugin_in
 from alignment.runners.base import Runner
 from alignment.variant import OnnxSource, Variant
 
@@ -70,7 +70,7 @@ def open_model(path: Path, case: Case, batch: int = 1, keep: Sequence[str] = ())
 
 def _with_plugin(path: Path, graph: Callable[[Path], Runner]) -> Runner:
     """`graph` on a file, which may end in a plugin that only TensorRT has."""
-    if not ends_in_plugin(path):
+    if plugin_in(path) is None:
         return graph(path)
     from alignment.runners.plugin_nms import PluginNmsRunner
 

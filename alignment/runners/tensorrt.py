@@ -13,6 +13,7 @@ from alignment.engine.capabilities import Capabilities, gpu
 from alignment.engine.inspect import EngineLayer, parse
 from alignment.engine.int8 import CalibrationImages
 from alignment.engine.log import Log, listening, warnings_of
+from alignment.engine.registry import plugin_identity, register_plugins
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.runners.base import Runner
@@ -154,7 +155,7 @@ class TensorRTRunner(Runner):
         import tensorrt as trt
 
         with cuda_context(), listening(self._log) as logger:
-            trt.init_libnvinfer_plugins(logger, "")
+            register_plugins(logger, self._path)
             try:
                 self._runtime = trt.Runtime(logger)
             except TypeError:  # what pybind11 makes of a null pointer
@@ -309,6 +310,7 @@ class TensorRTRunner(Runner):
             "onnx_sha256": file_digest(self._path),
             "engine_sha256": hashlib.sha256(plan).hexdigest(),
             "engine_from_cache": from_cache,
+            **plugin_identity(self._path),
             "build": {
                 "precision": options.precision,
                 "tf32": options.precision == "tf32",

@@ -22,8 +22,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from alignment.errors import AlignError
 from alignment.export.float16 import split
 from alignment.layers import mark_outputs
-from alignment.quantize.graph import OnnxGraph
-from alignment.quantize.pairs import DEQUANTIZE, QUANTIZE, QdqGraph
+from alignment.quantize.graph import QUANTIZING, OnnxGraph
+from alignment.quantize.pairs import QdqGraph
 from alignment.variant import Variant
 
 FaultKind = Literal["scale", "clip", "per-tensor"]
@@ -33,7 +33,7 @@ COARSER, CLIPPED = np.float32(4), np.float32(1 / 8)
 HALF_NOISE = 2.0**-11
 
 
-class Candidate(Protocol):
+class QdqBackend(Protocol):
     """A backend under test."""
 
     @property
@@ -57,20 +57,20 @@ class NodeByNode:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Candidate`."""
+        """See `QdqBackend`."""
         import onnxruntime
 
         return {"backend": "onnxruntime", "onnxruntime": onnxruntime.__version__}
 
     def outputs(self, model: ModelProto, images: np.ndarray, marked: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """See `Candidate`."""
+        """See `QdqBackend`."""
         from alignment.runners.onnxruntime import OnnxRuntimeRunner
 
         with _file(mark_outputs(model, list(marked)) if marked else model) as path:
             return OnnxRuntimeRunner(path, optimize=False).run(images)
 
     def layers(self, model: ModelProto, marked: Sequence[str] = ()) -> list[str]:
-        """See `Candidate`."""
+        """See `QdqBackend`."""
         return [node.name for node in model.graph.node]
 
 
@@ -117,20 +117,20 @@ class Simulated:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Candidate`."""
+        """See `QdqBackend`."""
         faults = [f"{fault.kind}:{fault.node}" for fault in self.faults]
         fields = {"backend": "simulated", "faults": faults, "noise": self.noise, "seed": self.seed}
         return NodeByNode().identity | fields
 
     def outputs(self, model: ModelProto, images: np.ndarray, marked: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """See `Candidate`."""
+        """See `QdqBackend`."""
         for fault in self.faults:
             graph = QdqGraph(model)
             model = fault.planted(graph) if fault.node in graph.int8_nodes else model
         return NodeByNode().outputs(noisy(model, self.noise, self.seed) if self.noise else model, images, marked)
 
     def layers(self, model: ModelProto, marked: Sequence[str] = ()) -> list[str]:
-        """See `Candidate`."""
+        """See `QdqBackend`."""
         return NodeByNode().layers(model, marked)
 
 
@@ -148,7 +148,7 @@ class TensorRT:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Candidate`."""
+        """See `QdqBackend`."""
         from alignment.engine.build import RECIPE, build_environment
         from alignment.engine.capabilities import Capabilities, gpu, require
 
@@ -164,12 +164,12 @@ class TensorRT:
         }
 
     def outputs(self, model: ModelProto, images: np.ndarray, marked: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """See `Candidate`."""
+        """See `QdqBackend`."""
         with self._runner(model, marked) as runner:
             return dict(runner.run(images))
 
     def layers(self, model: ModelProto, marked: Sequence[str] = ()) -> list[str]:
-        """See `Candidate`."""
+        """See `QdqBackend`."""
         from alignment.engine.inspect import reformats
 
         with self._runner(model, marked) as runner:
@@ -246,7 +246,7 @@ def _after_each(model: ModelProto, make: Callable[[str, str], list[NodeProto]]) 
     for node in changed.graph.node:
         node.input[:] = [instead.get(name, name) for name in node.input]
         nodes.append(node)
-        if node.name in before and node.op_type not in (QUANTIZE, DEQUANTIZE):
+        if node.name in before and node.op_type not in QUANTIZING:
             for tensor in filter(graph.is_activation, node.output):
                 instead[tensor] = f"{tensor}_perturbed"
                 nodes += make(tensor, instead[tensor])

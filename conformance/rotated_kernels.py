@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from alignment.engine.plugins import Kernels, Params, build_for_cpu, kernels
-from alignment.nms.semantics import Semantics, run
+from alignment.nms.plugins import ROTATED, plugin_outputs
 
 Outputs = dict[str, np.ndarray]
 NAMES = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
@@ -23,31 +23,8 @@ def attributes(**changed: Any) -> dict[str, Any]:
 
 
 def expected(asked: dict[str, Any], boxes: np.ndarray, scores: np.ndarray) -> Outputs:
-    """What the NumPy semantics keep, laid out as the plugin does."""
-    seen = scores.astype(np.float32)
-    if asked.get("score_activation"):
-        with np.errstate(over="ignore"):
-            seen = (1 / (1 + np.exp(-seen.astype(np.float64)))).astype(np.float32)
-    background = asked.get("background_class", -1)
-    semantics = Semantics(
-        score_threshold=asked["score_threshold"],
-        iou_threshold=asked["iou_threshold"],
-        threshold_float32=True,
-        background=background if background >= 0 else None,
-        topk=asked.get("pre_nms_topk") or None,
-        classes="together" if asked.get("class_agnostic") else "apart",
-        max_output=asked["max_output_boxes"],
-    )
-    outputs = filled(len(boxes), asked["max_output_boxes"], boxes.dtype, 0)
-    outputs["detection_classes"][:] = -1
-    for image in range(len(boxes)):
-        fates = run(semantics, boxes[image].astype(np.float32), seen[image])
-        kept, found = fates.kept, slice(0, len(fates.kept))
-        outputs["num_detections"][image] = len(kept)
-        outputs["detection_boxes"][image, found] = boxes[image][fates.rows[kept]]
-        outputs["detection_scores"][image, found] = fates.scores[kept]
-        outputs["detection_classes"][image, found] = fates.labels[kept]
-    return outputs
+    """What the NumPy model of the plugin gives."""
+    return dict(zip(NAMES, plugin_outputs(ROTATED, boxes, scores, asked), strict=True))
 
 
 def filled(batch: int, most: int, dtype: Any, value: int) -> Outputs:

@@ -41,14 +41,15 @@ def sketch(tensor: np.ndarray) -> list[float]:
     found = [np.sqrt(np.mean(flat**2))]
     for _ in range(PROJECTIONS):
         bits = np.unpackbits(np.frombuffer(random.bytes(-(-flat.size // 8)), np.uint8), count=flat.size)
-        found.append((2 * flat[bits == 1].sum() - flat.sum()) / np.sqrt(flat.size))
+        with np.errstate(invalid="ignore"):  # of infinite values NaN is what is to be told
+            found.append((2 * flat[bits == 1].sum() - flat.sum()) / np.sqrt(flat.size))
     return [float(f"{value:.7g}") for value in found]
 
 
 def alike(one: list[float], other: list[float], tolerance: float) -> bool:
     """Whether two sketches are of the same tensor, but for `tolerance` × its root mean square."""
     if len(one) != len(other) or not np.isfinite([*one, *other]).all():
-        return one == other
+        return np.array_equal(one, other, equal_nan=True)
     return bool(np.abs(np.subtract(one, other)).max(initial=0.0) <= tolerance * max(one[0], other[0]))
 
 

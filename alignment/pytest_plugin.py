@@ -59,7 +59,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--images", type=_count, help="the first so many images only")
     group.addoption("--golden", type=Path, help="folder of golden values; default: the packaged one")
     group.addoption("--update-golden", metavar="REASON", help="write what is measured as golden, for REASON")
-    group.addoption("--report", type=Path, metavar="DIR", help="write alignment.json and report.html into DIR")
+    group.addoption("--records", type=Path, metavar="DIR", help="write records of what is run into DIR")
+    group.addoption("--report", type=Path, metavar="DIR", help="write alignment.json, report.html and junit.xml there")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -82,7 +83,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.strict_cases = given or getattr(config.option, "strict_cases", False)
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"
-    _require_report(config)
+    _require_folders(config)
     _chosen(config)  # a wrong name ends here, in one line, not as an error of each test that asks for it
 
 
@@ -112,12 +113,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _require_report(config: pytest.Config) -> None:
-    if config.option.report:
-        try:
-            require_folder(config.option.report, "--report")
-        except AlignError as error:
-            raise pytest.UsageError(str(error)) from None
+def _require_folders(config: pytest.Config) -> None:
+    try:
+        for option in ("report", "records"):
+            if folder := getattr(config.option, option):
+                require_folder(folder, f"--{option}")
+    except AlignError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 class Store:
@@ -130,7 +132,7 @@ class Store:
         option = config.option
         self.golden: Path = option.golden or golden_dir()
         self.options = session.SessionOptions(
-            option.data, option.images, RunOptions(golden=self.golden, out=option.report)
+            option.data, option.images, RunOptions(golden=self.golden, out=option.report, records=option.records)
         )
         self.update_reason: str | None = option.update_golden
         self.alignment = session.new_alignment(shlex.join(["pytest", *sys.argv[1:]]))

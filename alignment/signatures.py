@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 
 from alignment.data.samples import Samples
+from alignment.errors import AlignError
 from alignment.export.onnx_export import exported, modules_of
-from alignment.export.plugin_nms import ends_in_plugin
 from alignment.layers import mark_outputs
 from alignment.results import GraphSignature, LayerSignature
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
@@ -54,11 +54,9 @@ def alike(one: list[float], other: list[float], tolerance: float) -> bool:
 
 
 def graph_signature(variant: Variant, samples: Samples) -> GraphSignature | None:
-    """The signature of the variant's FP32 graph on the first of `samples`, by ONNX Runtime; None for a graph that ends
-    in a plugin of TensorRT's."""
+    """The signature of the variant's FP32 graph on the first of `samples`, by ONNX Runtime; None where that cannot run
+    it, as a graph that ends in a plugin of TensorRT's."""
     path = exported(variant).onnx
-    if ends_in_plugin(path):
-        return None
     model = onnx.load(path)
     constants = {i.name: i for i in model.graph.initializer}
     layers = [node for node in model.graph.node if node.op_type in WEIGHTED]
@@ -66,8 +64,11 @@ def graph_signature(variant: Variant, samples: Samples) -> GraphSignature | None
     with tempfile.TemporaryDirectory() as folder:
         marked = Path(folder) / path.name
         onnx.save(mark_outputs(model, [node.output[0] for node in layers]), marked)
-        with OnnxRuntimeRunner(marked) as runner:
-            answers = runner.run(sample.tensor[None])
+        try:
+            with OnnxRuntimeRunner(marked) as runner:
+                answers = runner.run(sample.tensor[None])
+        except AlignError:
+            return None
     modules = modules_of(path)
     found = GraphSignature(image_id=sample.entry.id, input_digest=sample.digest)
     for node in layers:

@@ -90,9 +90,12 @@ class TensorRTRunner(Runner):
                     times.append(float(start.time_till(end)))
         return times
 
-    def engine(self) -> EngineFacts:
-        """See `Runner.engine`."""
-        layers = self.layers()
+    def engine(self) -> EngineFacts | None:
+        """See `Runner.engine`; None too where the inspector tells what cannot be read."""
+        try:
+            layers = self.layers()
+        except (KeyError, ValueError):
+            return None
         return EngineFacts(layers=len(layers), reformats=reformats(layers), size_bytes=self._size)
 
     def layers(self) -> list[EngineLayer]:

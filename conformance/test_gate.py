@@ -184,6 +184,14 @@ def test_runs_on_other_images_cannot_be_compared_and_that_stops():
     assert stopping(judged(one, one)) == []
 
 
+def test_an_ap_of_images_without_truth_is_none_and_that_is_said():
+    blind = Scores(reference_ap=-1, subject_ap=-1, subject_ap50=-1)
+    result = judged(run(case(TRT, scores=blind)), run(case(TRT)))
+    assert stopping(result) == []
+    assert (result.cases[0].now.ap, result.cases[0].now.delta_ap) == (None, None)
+    assert any("max_delta_ap not applied" in finding.what for finding in result.findings)
+
+
 def test_latency_is_held_where_both_were_taken_in_one_place():
     fast, slow = (run(case(TRT, **timed(ms))) for ms in (1.0, 1.2))
     result = judged(slow, fast)

@@ -21,10 +21,16 @@ def numbers_of(case: CaseResult, reformats: int | None = None) -> Numbers:
     if case.timing:
         found.latency_ms = case.timing.latency_ms
     if scores := case.scores:
-        found.ap, found.agreement_ap = scores.subject_ap, scores.agreement_ap
-        if scores.reference_ap is not None:
-            found.delta_ap = scores.subject_ap - scores.reference_ap
+        found.ap, found.agreement_ap = known(scores.subject_ap), known(scores.agreement_ap)
+        reference = known(scores.reference_ap)
+        if found.ap is not None and reference is not None:
+            found.delta_ap = found.ap - reference
     return found
+
+
+def known(ap: float | None) -> float | None:
+    """An AP; None where it is below 0, which is that of images without truth."""
+    return None if ap is None or ap < 0 else ap
 
 
 def comparable_images(case: CaseResult, run: Alignment, before: CaseResult, baseline: Alignment) -> str:

@@ -1,4 +1,4 @@
-"""``align``: run, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers, explain, inspect,
+"""``align``: run, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers, explain, inspect,
 variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
@@ -33,6 +33,7 @@ from alignment.commands.console import (
 )
 from alignment.commands.culprit import culprit
 from alignment.commands.explain import explain
+from alignment.commands.gate import gate
 from alignment.commands.inspect import inspect
 from alignment.commands.ladder import ladder
 from alignment.commands.partial import partial
@@ -61,7 +62,7 @@ def run(
     images: Images = None,
     size: Size = None,
     batch: Annotated[int, typer.Option(min=1, help="images that go through a backend at once")] = 1,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="RUN folder: alignment.json, report.html, ...")] = None,
     golden: Golden = None,
     records: Annotated[Path | None, typer.Option(help="folder to write records of this run into")] = None,
     update_golden: Annotated[
@@ -221,6 +222,7 @@ app.command()(reported(qat))
 app.command()(reported(ladder))
 app.command()(reported(explain))
 app.command()(reported(inspect))
+app.command()(reported(gate))
 
 
 @app.command()

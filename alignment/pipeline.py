@@ -31,11 +31,14 @@ from alignment.results import Box, CaseResult, Scores, StageName, Timing, WorstI
 from alignment.runners.base import Runner
 from alignment.runners.open import open_runner
 from alignment.runners.record import Record
+from alignment.signatures import graph_signature
 from alignment.storage import writing
 from alignment.variant import Variant, golden_dir
 
 WORST_IMAGES = 3
 PICTURE_SIZE = 640
+#: A median of fewer calls says nothing.
+LEAST_CALLS = 8
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,16 @@ class RunOptions:
 
 @dataclass
 class _Side:
-    """One runner and all that it answered; `equal_inputs` counts the images that it got, and left, unchanged."""
+    """One runner and all that it answered.
+
+    `calls` are seconds in the backend, `latency` milliseconds by the device's own clock; `equal_inputs` counts the
+    images that it got, and left, unchanged.
+    """
 
     case: Case
     runner: Runner
-    inference_s: float = 0.0
+    calls: list[float] = field(default_factory=list)
+    latency: list[float] = field(default_factory=list)
     equal_inputs: int = 0
     detections: dict[int, Detections] = field(default_factory=dict)
     errors: TensorErrors = field(default_factory=TensorErrors)
@@ -78,10 +86,19 @@ class _Side:
         """
         start = time.perf_counter()
         named = self.runner.run(batch)
-        self.inference_s += time.perf_counter() - start
+        self.calls.append(time.perf_counter() - start)
         for image, sample in zip(batch, samples, strict=True):
             self.equal_inputs += np.array_equal(image.view(np.int32), sample.tensor.view(np.int32))
         return to_outputs(named, variant, len(batch)).images()
+
+    def timing(self, images: int, batch: int) -> Timing:
+        """Seconds in all and, where there were calls enough, for one: the first warms up, the last may be smaller."""
+        found = Timing(inference_s=sum(self.calls), images=images, batch=batch)
+        if self.latency:
+            found.latency_ms, found.clock = float(np.median(self.latency)), "gpu"
+        elif len(self.calls) >= LEAST_CALLS + 2:
+            found.latency_ms, found.clock = 1e3 * float(np.median(self.calls[1:-1])), "wall"
+        return found
 
 
 def align_live(
@@ -122,11 +139,16 @@ def align_live(
         clock.append(time.perf_counter())
         _run_images(variant, sides, referee, samples, options, progress)
         clock.append(time.perf_counter())
+        _time_devices(sides, samples, options.batch)
+        clock.append(time.perf_counter())
         results = _judge_sides(variant, sides, referee, samples, options)
-    bare = sum(side.inference_s for side in sides)
+    bare = sum(sum(side.calls) for side in sides)
     clock.append(time.perf_counter())
-    seconds = dict(zip(("start_s", "images_s", "judge_s"), np.diff(clock).tolist(), strict=True))
+    seconds = dict(zip(("start_s", "images_s", "latency_s", "judge_s"), np.diff(clock).tolist(), strict=True))
     by_id = {result.case.id: result for result in results}
+    signed = next((case for case in cases if case.backend != "torch"), None)
+    if signed:
+        by_id[signed.id].signature = graph_signature(variant, samples)
     return [by_id[case.id] for case in cases], {**seconds, "bare_s": bare, "referee_s": referee.seconds}
 
 
@@ -161,6 +183,13 @@ def _run_images(
                 side.record.add(sample.entry.id, sample.digest, out.boxes[0], out.scores[0], found)
         if progress:
             progress(index + 1)
+
+
+def _time_devices(sides: list[_Side], samples: Samples, size: int) -> None:
+    """Asks the devices that have a clock how long they take for one batch."""
+    batch = np.stack([samples.load(entry).tensor for entry in samples.dataset.images[:size]])
+    for side in sides:
+        side.latency = side.runner.latency(batch)
 
 
 def _answered(
@@ -208,7 +237,8 @@ def _judge_sides(
             images=len(samples),
             stages=stages,
             scores=measured.scores,
-            timing=Timing(inference_s=side.inference_s, images=len(samples)),
+            timing=side.timing(len(samples), options.batch),
+            engine=side.runner.engine(),
             warnings=[*side.runner.warnings, *doubts(measured.scores)],
             notes=[note for note in (variant.notes, referee.note) if note],
             provenance={

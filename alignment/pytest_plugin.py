@@ -2,6 +2,10 @@
 
 A test that takes the fixture `aligned_case` is repeated for every case of the precisions that its marker names; the
 cases of one variant that were selected, of whatever precision, run together, once, in whichever worker asks first.
+
+``pytest --pyargs conformance --variant my.yaml`` runs the installed suite on a variant of your own; with ``--variant``
+only the tests that take one are collected, beside those of your own folders.  With pytest-xdist each worker sees one
+GPU, and ``-n auto`` starts one worker a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +24,7 @@ import pytest
 
 from alignment.case import BACKENDS, PRECISIONS, ROUTES, Case, cases_of
 from alignment.errors import AlignError
+from alignment.gpu_workers import gpus, take_gpu
 from alignment.results import Alignment, CaseResult
 from alignment.storage import require_folder
 from alignment.variant import Variant, golden_dir, load_variant, zoo
@@ -59,13 +65,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--images", type=_count, help="the first so many images only")
     group.addoption("--golden", type=Path, help="folder of golden values; default: the packaged one")
     group.addoption("--update-golden", metavar="REASON", help="write what is measured as golden, for REASON")
-    group.addoption("--report", type=Path, metavar="DIR", help="write alignment.json and report.html into DIR")
+    group.addoption("--records", type=Path, metavar="DIR", help="write records of what is run into DIR")
+    group.addoption("--report", type=Path, metavar="DIR", help="write alignment.json, report.html and junit.xml there")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers markers, and keeps the cases of a variant on one worker."""
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
+    if hasattr(config, "workerinput"):
+        take_gpu(config.workerinput["workerid"], os.environ)  # type: ignore[attr-defined]
     config.stash[_PARTS] = []
     # One thread a process: the same numbers for any -n, and no workers in each other's way.
     os.environ.setdefault("ALIGN_THREADS", "1")
@@ -80,8 +89,27 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.strict_cases = given or getattr(config.option, "strict_cases", False)
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"
-    _require_report(config)
+    _require_folders(config)
     _chosen(config)  # a wrong name ends here, in one line, not as an error of each test that asks for it
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """``-n auto``: one worker a GPU; where there is none pytest-xdist decides."""
+    return len(gpus(os.environ)) or None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``--variant``, leaves out the suite's tests of this library itself: they take no variant."""
+    if not config.option.variant or collection_path.suffix != ".py" or collection_path.parent not in _suite():
+        return None
+    return ("aligned_case" not in collection_path.read_text(encoding="utf-8")) or None
+
+
+def _suite() -> list[Path]:
+    """The folders of the suite, installed or beside this package."""
+    spec = find_spec("conformance")
+    return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
 
 
 def _count(text: str) -> int:
@@ -91,12 +119,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _require_report(config: pytest.Config) -> None:
-    if config.option.report:
-        try:
-            require_folder(config.option.report, "--report")
-        except AlignError as error:
-            raise pytest.UsageError(str(error)) from None
+def _require_folders(config: pytest.Config) -> None:
+    try:
+        for option in ("report", "records"):
+            if folder := getattr(config.option, option):
+                require_folder(folder, f"--{option}")
+    except AlignError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 class Store:
@@ -109,7 +138,7 @@ class Store:
         option = config.option
         self.golden: Path = option.golden or golden_dir()
         self.options = session.SessionOptions(
-            option.data, option.images, RunOptions(golden=self.golden, out=option.report)
+            option.data, option.images, RunOptions(golden=self.golden, out=option.report, records=option.records)
         )
         self.update_reason: str | None = option.update_golden
         self.alignment = session.new_alignment(shlex.join(["pytest", *sys.argv[1:]]))

@@ -132,10 +132,46 @@ class Scores(_Model):
 
 
 class Timing(_Model):
-    """Seconds in the backend alone, over `images` images."""
+    """Seconds in the backend alone, over `images` images.
+
+    `latency_ms` is the median of one call with `batch` images: by the GPU's own clock, without copies, where the
+    backend has one (`clock` ``gpu``), else on the wall.  It is absent where there were too few calls to tell.
+    """
 
     inference_s: float
     images: int
+    latency_ms: float | None = None
+    clock: Literal["wall", "gpu"] | None = None
+    batch: int | None = None
+
+
+class EngineFacts(_Model):
+    """A TensorRT engine in numbers, by its own inspector; `reformats` of its layers only change type or layout."""
+
+    layers: int
+    reformats: int
+    size_bytes: int
+
+
+class LayerSignature(_Model):
+    """What one layer with weights holds and answers; see `alignment.signatures.sketch`.
+
+    `weights` is absent where they are not constants of the graph.
+    """
+
+    node: str
+    op: str
+    module: str = ""
+    weights: list[float] | None = None
+    output: list[float]
+
+
+class GraphSignature(_Model):
+    """How each layer of a variant's FP32 graph answers to one image, in the order of the graph, its outputs last."""
+
+    image_id: int
+    input_digest: str
+    layers: list[LayerSignature] = []
 
 
 #: How the warning begins that a reference finds next to nothing of what the images hold.
@@ -156,7 +192,8 @@ class CaseResult(_Model):
     """The verdict on one case and all that stands behind it.
 
     `first_difference` is the first stage that fails; `wrong_side` says which side is further from float64 than its
-    own arithmetic explains; `reason` is one line for people.
+    own arithmetic explains; `reason` is one line for people.  `signature` is of the variant's FP32 graph, and comes
+    with one case of it.
     """
 
     case: CaseId
@@ -170,6 +207,8 @@ class CaseResult(_Model):
     stages: list[StageResult] = []
     scores: Scores | None = None
     timing: Timing | None = None
+    engine: EngineFacts | None = None
+    signature: GraphSignature | None = None
     worst: list[WorstImage] = []
     warnings: list[str] = []
     notes: list[str] = []

@@ -14,7 +14,7 @@ from alignment.errors import AlignError
 from alignment.models.outputs import Outputs
 from alignment.pipeline import RunOptions, align_live
 from alignment.referee import Referee
-from alignment.results import CaseResult, StageName
+from alignment.results import CaseResult, EngineFacts, StageName
 from alignment.runners.base import Runner
 from alignment.variant import Variant, load_variant
 
@@ -159,3 +159,44 @@ def test_every_runner_is_closed_after_a_run_and_after_one_that_fails(samples, ru
     with pytest.raises(AlignError, match="out of memory"):
         run(samples, tmp_path)
     assert all(runner.closed for runner in runners.values())
+
+
+class Device(Fixed):
+    """A backend with a clock of its own, and an engine."""
+
+    def latency(self, batch: np.ndarray, repeats: int = 100, warmup: int = 10) -> list[float]:
+        self.timed = batch
+        return [3.0, 1.0, 2.0]
+
+    def engine(self) -> EngineFacts:
+        return EngineFacts(layers=9, reformats=2, size_bytes=1000)
+
+
+def test_a_device_tells_latency_by_its_own_clock_and_its_engine_in_numbers(samples, runners, tmp_path):
+    runners["onnxruntime"] = device = Device(VARIANT)
+    results = run(samples, tmp_path)
+    timing = results["onnxruntime"].timing
+    assert timing is not None
+    assert (timing.latency_ms, timing.clock, timing.batch) == (2.0, "gpu", 1)
+    assert np.array_equal(device.timed, samples.load(samples.dataset.images[0]).tensor[None])
+    assert results["onnxruntime"].engine == EngineFacts(layers=9, reformats=2, size_bytes=1000)
+    assert results["torch"].engine is None
+
+
+@pytest.mark.parametrize(("images", "told"), [(3, None), (9, None), (10, 4000.0), (12, 4000.0)])
+def test_latency_on_the_wall_is_a_median_without_the_first_and_last_call_where_there_are_enough(images, told):
+    side = pipeline._Side(Case("v", "torch", "fp32"), Fixed(VARIANT), calls=[90.0, *[4.0] * (images - 2), 0.1])
+    timing = side.timing(images, 1)
+    assert timing.latency_ms == told
+    assert timing.clock == ("wall" if told else None)
+    assert timing.inference_s == pytest.approx(90.1 + 4.0 * (images - 2))
+
+
+def test_one_case_of_a_variant_carries_the_signature_of_its_graph(samples, runners, tmp_path):
+    pytest.importorskip("mmyolo")
+    results = run(samples, tmp_path)
+    signature = results["onnxruntime"].signature
+    assert results["torch"].signature is None
+    assert signature is not None
+    first = samples.load(samples.dataset.images[0])
+    assert (signature.image_id, signature.input_digest) == (first.entry.id, first.digest)

@@ -140,6 +140,13 @@ def test_update_golden_writes_the_file_and_the_next_run_holds_to_it(tmp_path):
     assert "differs first at map: ap" in failing.stdout
 
 
+def test_records_of_what_is_run_are_written_by_whichever_worker_ran_it(tmp_path):
+    done = suite("-n", 2, "--records", tmp_path / "records", "--golden", tmp_path / "golden")
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = {path.name for path in (tmp_path / "records").iterdir()}
+    assert written >= {f"{case}.{end}" for case in (TORCH, ORT) for end in ("json", "npz")}
+
+
 def test_an_unknown_variant_is_a_usage_error():
     done = suite("--variant", "yolov9000")
     said = done.stdout + done.stderr
@@ -166,6 +173,7 @@ def test_strict_counts_wherever_pytest_takes_options_from(tmp_path, where):
         ("--images", "-3", "-3 is no number of images: give 1 or more"),
         ("--images", "six", "six is no number of images: give 1 or more"),
         ("--report", __file__, f"--report {__file__}: Not a directory"),
+        ("--records", __file__, f"--records {__file__}: Not a directory"),
     ],
 )
 def test_options_that_make_no_sense_are_usage_errors(option, value, named):

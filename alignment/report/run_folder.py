@@ -1,4 +1,4 @@
-"""The RUN folder: ``alignment.json``, ``report.html`` and the pictures both point to."""
+"""The RUN folder: ``alignment.json``, ``report.html``, ``junit.xml`` and the pictures that the first two point to."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 
 from alignment.errors import AlignError
 from alignment.report.html import render
+from alignment.report.junit import to_junit
 from alignment.results import SCHEMA_VERSION, Alignment, CaseResult, Explanation, Ladder
 from alignment.storage import writing
 
 RESULTS = "alignment.json"
 REPORT = "report.html"
+JUNIT = "junit.xml"
+#: The JSON Schema of `RESULTS`, as `json_schema` makes it: a change of it is a change of what others read.
+SCHEMA = Path(__file__).with_name(f"alignment-{SCHEMA_VERSION}.schema.json")
 
 
 def write_run(alignment: Alignment, folder: Path) -> None:
-    """Writes ``alignment.json``, then ``report.html``, each whole or not at all.
+    """Writes ``alignment.json``, then ``report.html`` and ``junit.xml``, each whole or not at all.
 
     Floats that JSON has no word for are written as the strings ``"Infinity"``, ``"-Infinity"`` and ``"NaN"``, which
     `read_run` turns back.
@@ -28,20 +33,27 @@ def write_run(alignment: Alignment, folder: Path) -> None:
         alignment: the results; pictures they name are already in `folder`.
         folder: the RUN folder, made when it does not exist.
     """
-    content = _finite(alignment.model_dump(mode="json"))
     with writing(folder / RESULTS) as file:
-        file.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        file.write_text(to_json(alignment), encoding="utf-8")
     with writing(folder / REPORT) as file:
         file.write_text(render(alignment, folder), encoding="utf-8")
+    with writing(folder / JUNIT) as file:
+        file.write_text(to_junit(alignment), encoding="utf-8")
 
 
-def read_run(folder: Path) -> Alignment:
-    """Reads the results of a RUN folder.
+def to_json(result: BaseModel) -> str:
+    """Typed results as strict JSON: floats that it has no word for are strings."""
+    content = _finite(result.model_dump(mode="json"))
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_run(run: Path) -> Alignment:
+    """Reads the results of a RUN: its folder, or its ``alignment.json``.
 
     Raises:
         AlignError: ``alignment.json`` is missing, not JSON, of another schema version, or not as the schema has it.
     """
-    path = folder / RESULTS
+    path = run if run.is_file() else run / RESULTS
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -103,8 +115,25 @@ def merge(parts: list[Alignment]) -> Alignment:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of ``alignment.json``."""
-    return Alignment.model_json_schema()
+    """The JSON Schema (2020-12) of ``alignment.json``, as `write_run` writes it.
+
+    Readers of one `SCHEMA_VERSION` pass over fields that they do not know, so the schema allows them.
+    """
+    found = Alignment.model_json_schema(mode="serialization", schema_generator=_Schema)
+    return {
+        "$schema": _Schema.schema_dialect,
+        "$id": f"urn:alignment:run:{SCHEMA_VERSION}",
+        **found,
+        "required": ["schema_version", "created", "command"],
+    }
+
+
+class _Schema(GenerateJsonSchema):
+    """Floats may be what `_finite` makes of them."""
+
+    def float_schema(self, schema: Any) -> dict[str, Any]:
+        """A number, or the name of one that JSON has not."""
+        return {"anyOf": [super().float_schema(schema), {"enum": ["Infinity", "-Infinity", "NaN"]}]}
 
 
 def _finite(value: Any) -> Any:

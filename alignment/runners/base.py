@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from alignment.errors import AlignError
+from alignment.results import EngineFacts
 
 
 def cpu_threads() -> int | None:
@@ -84,6 +85,14 @@ class Runner(ABC):
         Returns:
             Every output of the model by name, first axis B; arrays that the caller owns.
         """
+
+    def latency(self, batch: np.ndarray, repeats: int = 100, warmup: int = 10) -> list[float]:
+        """Milliseconds by the device's own clock for each of `repeats` runs; empty where it has none."""
+        return []
+
+    def engine(self) -> EngineFacts | None:
+        """What was built for the device, in numbers; None where nothing is."""
+        return None
 
     def close(self) -> None:  # noqa: B027 - most backends hold nothing
         """Frees what the backend holds."""

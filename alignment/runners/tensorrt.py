@@ -10,12 +10,13 @@ import numpy as np
 
 from alignment.engine.build import BuildOptions, build_environment, cached_engine, cuda_context
 from alignment.engine.capabilities import Capabilities, gpu
-from alignment.engine.inspect import EngineLayer, parse
+from alignment.engine.inspect import EngineLayer, parse, reformats
 from alignment.engine.int8 import CalibrationImages
 from alignment.engine.log import Log, listening, warnings_of
 from alignment.engine.registry import plugin_identity, register_plugins
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
+from alignment.results import EngineFacts
 from alignment.runners.base import Runner
 
 
@@ -47,6 +48,7 @@ class TensorRTRunner(Runner):
         self._memory = _Memory()
         self._allocated: set[str] = set()  # outputs whose size only the data tell
         plan, messages, from_cache = cached_engine(onnx_path, options, images)
+        self._size = len(plan)
         try:
             self._load(plan)
         except BaseException:
@@ -88,6 +90,14 @@ class TensorRTRunner(Runner):
                 if index >= warmup:
                     times.append(float(start.time_till(end)))
         return times
+
+    def engine(self) -> EngineFacts | None:
+        """See `Runner.engine`; None too where the inspector tells what cannot be read."""
+        try:
+            layers = self.layers()
+        except (KeyError, ValueError):
+            return None
+        return EngineFacts(layers=len(layers), reformats=reformats(layers), size_bytes=self._size)
 
     def layers(self) -> list[EngineLayer]:
         """What the engine is made of."""

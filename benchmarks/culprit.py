@@ -5,9 +5,9 @@
     python -m benchmarks.culprit table DIR                                # Markdown
 
 ``plant`` multiplies the scale of one layer's activation by 4 in the file that the backend gets; ONNX Runtime runs the
-clean file.  A fault is taken where the simulated backend shows it, in the whole graph or in its block, by a margin;
-those drawn before it that the rounding of other layers hides are counted.  ``natural`` holds the engine of a whole
-QDQ graph to ONNX Runtime on the same graph, by AP, agreement and gap, and searches where there is a gap.
+clean file.  A fault is taken where the simulated backend shows it, in the whole graph or in its block; those drawn
+before it that the rounding of other layers hides are counted.  ``natural`` holds the engine of a whole QDQ graph to
+ONNX Runtime on the same graph, by AP, agreement and gap, and searches where there is a gap.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from alignment.variant import Variant, load_variant, with_quantization
 from benchmarks.int8 import detect
 
 app = typer.Typer()
-#: A planted fault must show in simulation with a gap of so many times the threshold.
-MARGIN = 1.25
 #: Images that go through a backend at once where AP is taken.
 BATCH = 16
 Out = Annotated[Path, typer.Option()]
@@ -60,7 +58,7 @@ def reference_for(variant: Variant, model: onnx.ModelProto, images: int) -> Refe
     return Reference(QdqGraph(model), np.stack([sample.tensor for sample in open_samples(variant, limit=images)]))
 
 
-def draw(clean: Reference, seed: int, blocks: int, wanted: float = MARGIN * THRESHOLD) -> tuple[Fault, float, int]:
+def draw(clean: Reference, seed: int, blocks: int, wanted: float = THRESHOLD) -> tuple[Fault, float, int]:
     """A fault that shows, the gap that the simulated backend has with it, and how many were drawn before it."""
     units = clean.graph.int8_nodes
     own = Comparison(clean.graph, clean, Simulated(seed=2)).own

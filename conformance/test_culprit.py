@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from command_line import align
 from onnx import ModelProto
 from typer.testing import CliRunner
 
+from alignment.commands.culprit import culprit
 from alignment.data.samples import open_samples
 from alignment.engine.capabilities import missing
 from alignment.engine.culprit import find
@@ -361,6 +363,10 @@ def test_wrong_usage(message):
     result = align("culprit", SMALL, *REFUSED[message])
     assert result.exit_code == 2
     assert message in result.output.replace("\n", " ")
+
+
+def test_the_command_has_the_same_threshold():
+    assert inspect.signature(culprit).parameters["threshold"].default == THRESHOLD
 
 
 def test_the_benchmark(tmp_path):

@@ -42,7 +42,7 @@ def culprit(
         int,
         typer.Option(min=0, max=5, help="the level that the answer is confirmed at; that of the search: not at all"),
     ] = 3,
-    threshold: Annotated[float, typer.Option(min=0, help="a larger gap is bad; 1 is what noise explains")] = 2.0,
+    threshold: Annotated[float, typer.Option(min=0, help="a larger gap is bad; 1 is what noise explains")] = 3.0,
     blocks: Annotated[
         int, typer.Option(min=1, help="look at so many runs of nodes first, where the whole's noise hides a fault")
     ] = 1,

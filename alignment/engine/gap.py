@@ -34,8 +34,9 @@ from alignment.storage import cache_dir, locked, writing
 
 # Raise it when the same graphs come to be measured otherwise: what was kept is then left alone.
 RECIPE = 1
-#: A gap above it is bad.  ONNX Runtime with twice the noise of float16 stays below 1.4 on the embedded variants.
-THRESHOLD = 2.0
+#: A gap above it is bad.  Of yolov6_embedded on TensorRT 8.6 and an H100, parts of 5 nodes or less reach 2.6 where
+#: nothing is wrong, and a scale that is 4 times too large gives 4.1 to 7.5.
+THRESHOLD = 3.0
 #: The largest relative error of float16 with its mean: what is drawn for the second of the two noises.
 NOISE, NOISE_SEED = HALF_NOISE / 2, 99
 #: What int8 itself costs counts so far: an engine may add half of it.

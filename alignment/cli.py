@@ -1,5 +1,5 @@
-"""``align``: run, table, export, quantize, sensitivity, partial, qat, culprit, layers, explain, inspect, variants,
-doctor, schema, synthetic.
+"""``align``: run, table, export, quantize, sensitivity, partial, qat, culprit, layers, explain, inspect, new,
+variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -34,6 +34,7 @@ from alignment.commands.console import (
 from alignment.commands.culprit import culprit
 from alignment.commands.explain import explain
 from alignment.commands.inspect import inspect
+from alignment.commands.new import new
 from alignment.commands.partial import partial
 from alignment.commands.qat import qat
 from alignment.commands.quantize import quantize
@@ -218,6 +219,7 @@ app.command()(reported(partial))
 app.command()(reported(qat))
 app.command()(reported(explain))
 app.command()(reported(inspect))
+app.command()(reported(new))
 
 
 @app.command()

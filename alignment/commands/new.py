@@ -152,7 +152,7 @@ def _print_proposal(folder: Path, results: list[CaseResult]) -> None:
         bands = {_QUANTITIES.get(t.unit, "raw"): t for stage in result.stages for t in stage.tensors}
         checks = {check.name: check.value for stage in result.stages for check in stage.checks}
         for quantity, limit in known[result.case.id].tolerances.items():
-            tensor, band = bands.get(quantity), ""
+            tensor, band = bands.get(quantity), "what is measured" if result.reference == "float64" else ""
             if tensor and tensor.reference_error and tensor.subject_error:
                 band = f"{tensor.reference_error.max_abs:.3g} / {tensor.subject_error.max_abs:.3g}"
             table.add_row(result.case.id, quantity, f"{checks[quantity]:.4g}", band, f"{limit.value:g}")

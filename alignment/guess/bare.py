@@ -128,7 +128,7 @@ def _jury(runner: Runner, entries: list[ImageEntry], pictures: Pictures, labelle
         done += 1
         progress("preprocess", done, max(done, least))
 
-    return Jury(runner, entries, pictures.dataset, "labels" if labelled else "mirror", moved)
+    return Jury(runner, entries, pictures.dataset if labelled else None, moved)
 
 
 def _labelled(pictures: Pictures, variant: Variant) -> bool:

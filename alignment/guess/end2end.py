@@ -8,7 +8,6 @@ from alignment.export.plugin_nms import plugin_of
 from alignment.guess.findings import Finding
 from alignment.guess.head import HeadFound, Look
 from alignment.guess.onnx_facts import find_classes_of_nms
-from alignment.models.onnx_heads import Named
 
 #: A graph that keeps more rows than this of an image is likely not to end in NMS.
 MOST_KEPT = 2000
@@ -66,7 +65,7 @@ def _four(look: Look) -> HeadFound | None:
     scores = [name for name in lists if name not in labels and _probabilities(look.all(name))]
     if len(labels) != 1 or (len(scores) != 1 and table.shape[2] == 4):
         return None
-    names: Named | dict[str, str | None] = {"count": counts[0] if counts else None, "boxes": boxes, "labels": labels[0]}
+    names: dict[str, str | None] = {"count": counts[0] if counts else None, "boxes": boxes, "labels": labels[0]}
     if table.shape[2] == 4:
         names["scores"] = scores[0]
     _refuse_relative(look, look.all(boxes)[..., :4].reshape(-1, 4))

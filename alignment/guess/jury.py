@@ -30,50 +30,54 @@ class Jury:
     """Shows pictures to a model.
 
     A reading is worth, on a picture, the scores of detections that are confirmed less those that are not: by a label
-    of the same class (IoU ≥ `iou`), or, without labels, by the same detection in the mirrored picture.  On an input of
-    the wrong range a network finds nothing, or things everywhere that its mirror does not have.
+    of the same class, or by the same detection in the mirrored picture, which needs no labels.  On an input of the
+    wrong range a network finds nothing, or things everywhere that its mirror does not have.
 
     Attributes:
         runner: of the model.
-        entries: pictures, enough for all that is asked.
-        dataset: with their labels.
-        confirmation: see above.
-        moved: called after each picture.
+        entries: pictures.
+        dataset: with their labels, None where there are none of such a model.
+        moved: called after each run of the model.
     """
 
     runner: Runner
     entries: list[ImageEntry]
     dataset: CocoDataset | None
-    confirmation: Confirmation
     moved: Callable[[], None] = lambda: None
-    iou: float = 0.5
-    _known: dict[tuple[str, int], float] = field(default_factory=dict)
+    _known: dict[tuple[str, int, bool], Detections] = field(default_factory=dict)
 
-    def worth(self, variant: Variant, count: int) -> np.ndarray:
-        """The worth of a reading on each of the first `count` pictures ``[count]``."""
+    @property
+    def confirmations(self) -> tuple[Confirmation, ...]:
+        """What there is to confirm detections."""
+        return ("labels", "mirror") if self.dataset is not None else ("mirror",)
+
+    def worth(self, variant: Variant, count: int, confirmation: Confirmation, iou: float = 0.5) -> np.ndarray:
+        """The worth of a reading on each of the first `count` pictures; a counterpart has that IoU at least."""
         if not variant.ends_in_nms:
             nms = Nms(score_threshold=SCORE, iou_threshold=0.65, multi_label=False)
             variant = variant.model_copy(update={"nms": nms})
-        key = f"{self.confirmation} {self.iou} {variant.model_dump_json()}"
+        values = []
         for index, entry in enumerate(self.entries[:count]):
-            if (key, index) not in self._known:
-                self._known[key, index] = self._of(variant, entry)
-                self.moved()
-        return np.array([self._known[key, index] for index in range(min(count, len(self.entries)))])
+            found = self._detect(variant, index, False)
+            if confirmation == "labels":
+                others = self._labelled(entry)
+            else:
+                width = read_image(entry.path).shape[1]
+                others = _mirrored(self._detect(variant, index, True), width)
+            values.append(net(found, others, iou))
+        return np.array(values)
 
-    def _of(self, variant: Variant, entry: ImageEntry) -> float:
-        image = read_image(entry.path)
-        found = self._detect(variant, image)
-        if self.confirmation == "labels":
-            others = self._labelled(entry)
-        else:
-            others = _mirrored(self._detect(variant, np.ascontiguousarray(image[:, ::-1])), image.shape[1])
-        return net(found, others, self.iou)
-
-    def _detect(self, variant: Variant, image: np.ndarray) -> Detections:
-        tensor, transform = preprocess(image, variant.input, variant.preprocess)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return detections_of(to_outputs(self.runner.run(tensor[None]), variant, 1), transform, variant)
+    def _detect(self, variant: Variant, index: int, mirror: bool) -> Detections:
+        key = variant.model_dump_json(), index, mirror
+        if key not in self._known:
+            image = read_image(self.entries[index].path)
+            image = np.ascontiguousarray(image[:, ::-1]) if mirror else image
+            tensor, transform = preprocess(image, variant.input, variant.preprocess)
+            with np.errstate(over="ignore", invalid="ignore"):  # of readings that are wrong
+                outputs = to_outputs(self.runner.run(tensor[None]), variant, 1)
+                self._known[key] = detections_of(outputs, transform, variant)
+            self.moved()
+        return self._known[key]
 
     def _labelled(self, entry: ImageEntry) -> Detections:
         assert self.dataset is not None
@@ -125,39 +129,39 @@ class Choice:
     """What pictures say of several readings.
 
     Attributes:
-        best: the one of greatest worth, or, where that is not clear, the usual one among those as good; None where
-            nothing decides.
+        best: the one of greatest worth; where that is not clear, the usual one among those as good; None where nothing
+            decides.
         clear: whether the pictures alone say so.
+        left: those that are as good as the best.
         evidence: for people.
     """
 
     best: str | None
     clear: bool
+    left: tuple[str, ...]
     evidence: str
 
 
-def choose(worth: dict[str, np.ndarray], usual: str | None, confirmation: str) -> Choice:
+def choose(worth: dict[str, np.ndarray], usual: str | None, confirmation: Confirmation) -> Choice:
     """Decides between readings, by paired differences over the same pictures.
 
     Args:
         worth: of each reading, ``[pictures]``.
         usual: what models of this family take, None where no family is known.
-        confirmation: of the jury.
+        confirmation: how it was measured.
     """
     means = {name: float(values.mean()) for name, values in worth.items()}
     best = max(means, key=lambda name: means[name])
-    pictures = len(worth[best])
     by = "labels confirm" if confirmation == "labels" else "the mirrored picture confirms"
-    order = sorted(means, key=lambda name: -means[name])
-    said = f"net score that {by}, mean of {pictures} pictures: " + ", ".join(f"{n} {means[n]:.2f}" for n in order)
+    order = ", ".join(f"{name} {means[name]:.2f}" for name in sorted(means, key=lambda name: -means[name]))
+    said = f"score that {by}, less what it does not, a picture ({len(worth[best])} of them): {order}"
     if means[best] < LEAST:
-        return Choice(usual, False, f"{said}: it finds nothing here")
-    equals = [name for name in worth if not clearly_better(worth[best], worth[name])]
-    if equals == [best]:
-        return Choice(best, True, said)
-    if usual in equals:
-        return Choice(usual, False, f"{said}, which is too near to tell {_named(equals)} apart")
-    return Choice(None, False, f"{said}, which is too near to tell {_named(equals)} apart")
+        return Choice(usual, False, tuple(worth), f"{said}: it finds nothing here")
+    left = tuple(name for name in worth if not clearly_better(worth[best], worth[name]))
+    if left == (best,):
+        return Choice(best, True, left, said)
+    near = f"{said}, too near to tell {_named(left)} apart"
+    return Choice(usual if usual in left else None, False, left, near)
 
 
 def clearly_better(one: np.ndarray, other: np.ndarray) -> bool:
@@ -169,6 +173,6 @@ def clearly_better(one: np.ndarray, other: np.ndarray) -> bool:
     return float(differences.mean()) >= CLEAR * error
 
 
-def _named(names: list[str]) -> str:
+def _named(names: tuple[str, ...]) -> str:
     *others, last = sorted(names)
     return f"{', '.join(others)} and {last}" if others else last

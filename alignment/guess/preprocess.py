@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
-from alignment.guess.findings import Asked, Finding, given
-from alignment.guess.jury import LEAST, Choice, Jury, choose, clearly_better
+from alignment.guess.findings import Asked, Finding, Sure, given
+from alignment.guess.jury import Confirmation, Jury, choose
 from alignment.guess.maps import ANCHORS
 from alignment.guess.onnx_facts import OnnxFacts
 from alignment.variant import Preprocess, Variant
@@ -25,8 +25,10 @@ RANGES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 ORDERS = ("rgb", "bgr")
 RESIZES = ("letterbox", "letterbox_top_left", "stretch")
 #: Pictures for a first look at all hypotheses, and for those that it leaves.
-FIRST, MORE = 8, 32
+FIRST, MORE, MOST = 8, 32, 64
 _PAPERS = "alignment.preprocess"
+#: The worth of one reading on so many pictures.
+Worth = Callable[[str, int, Confirmation], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def find_preprocess(facts: OnnxFacts, variant: Variant, jury: Jury, usual: Usual
     Args:
         facts: the file.
         variant: all else that is known of it; its anchors are taken as they are.
-        jury: with the pictures; it turns to mirrored ones where no hypothesis is confirmed by labels.
+        jury: with the pictures.
         usual: see `usual_of`.
         asked: what the command line says.
     """
@@ -120,61 +122,65 @@ class _Trial:
         field, option = "preprocess.mean and std", " or ".join(f"--range {name}" for name in RANGES)
         if self.asked.range is not None:
             return self.asked.range, given(field, None, "--range")
-        worth = self._ranges(FIRST, list(RANGES))
-        if self.jury.confirmation == "labels" and max(values.mean() for values in worth.values()) < LEAST:
-            self.jury.confirmation = "mirror"  # labels of another task
-            worth = self._ranges(FIRST, list(RANGES))
-        best = max(worth, key=lambda name: worth[name].mean())
-        left = [name for name in worth if not clearly_better(worth[best], worth[name])]
-        if len(left) > 1 and worth[best].mean() >= LEAST:
-            worth |= self._ranges(MORE, left)
-            worth = {name: worth[name] for name in left}
-        return self._settled(field, worth, self.usual and self.usual.range, option)
+        orders = (self.asked.channels,) if self.asked.channels else ORDERS
+
+        def worth(name: str, count: int, by: Confirmation) -> np.ndarray:
+            found = [self._worth(name, order, None, count, by) for order in orders]
+            return max(found, key=lambda values: float(values.mean()))
+
+        return self._settled(field, tuple(RANGES), (FIRST, MORE), worth, "range", option)
 
     def channels(self, kind: str | None) -> tuple[str | None, Finding]:
         """Their order."""
-        field = "preprocess.channels"
+        field, option = "preprocess.channels", "--channels rgb or --channels bgr"
         if self.asked.channels is not None:
             return self.asked.channels, given(field, self.asked.channels, "--channels")
-        worth = {order: self._worth(MORE, kind or "0..1", order) for order in ORDERS}
-        return self._settled(field, worth, self.usual and self.usual.channels, "--channels rgb or --channels bgr")
+
+        def worth(name: str, count: int, by: Confirmation) -> np.ndarray:
+            return self._worth(kind, name, None, count, by)
+
+        return self._settled(field, ORDERS, (MORE, MOST), worth, "channels", option)
 
     def resize(self, kind: str | None, order: str | None) -> tuple[str, Finding]:
-        """How an image is fitted; never open, as where the padding is hardly changes what is found."""
+        """How an image is fitted; never open, as it hardly changes what is found where the padding is."""
         field = "preprocess.resize"
         if self.asked.resize is not None:
             return self.asked.resize, given(field, self.asked.resize, "--resize")
-        usual = self.usual.resize if self.usual else "letterbox"
-        worth = {resize: self._worth(MORE, kind or "0..1", order or "rgb", resize) for resize in RESIZES}
-        best, found = self._settled(field, worth, usual, "")
-        if best is None:  # the usual one is clearly worse, and two others are as good as each other
-            best = max(worth, key=lambda name: worth[name].mean())
-            found = Finding(field, best, "likely", found.evidence)
+
+        def worth(name: str, count: int, by: Confirmation) -> np.ndarray:
+            return self._worth(kind, order, name, count, by)
+
+        best, found = self._settled(field, RESIZES, (MORE,), worth, "resize", "")
+        if best is None:
+            best = "letterbox"
+            found = replace(found, value=best, sure="likely", evidence=f"{found.evidence}; the commonest")
         return best, found
 
-    def _ranges(self, count: int, names: list[str]) -> dict[str, np.ndarray]:
-        orders = (self.asked.channels,) if self.asked.channels else ORDERS
-        found = {}
-        for name in names:
-            worth = [self._worth(count, name, order) for order in orders]
-            found[name] = max(worth, key=lambda values: float(values.mean()))
-        return found
-
-    def _worth(self, count: int, kind: str, order: str, resize: str | None = None) -> np.ndarray:
+    def _worth(
+        self, kind: str | None, order: str | None, resize: str | None, count: int, by: Confirmation
+    ) -> np.ndarray:
         resize = resize or self.asked.resize or (self.usual.resize if self.usual else "letterbox")
-        return self.jury.worth(self.variant.model_copy(update={"preprocess": hypothesis(kind, order, resize)}), count)
+        way = hypothesis(kind or "0..1", order or "rgb", resize)
+        return self.jury.worth(self.variant.model_copy(update={"preprocess": way}), count, by)
 
     def _settled(
-        self, field: str, worth: dict[str, np.ndarray], usual: str | None, option: str
+        self, field: str, names: tuple[str, ...], counts: tuple[int, ...], worth: Worth, trait: str, option: str
     ) -> tuple[str | None, Finding]:
-        choice: Choice = choose(worth, usual, self.jury.confirmation)
+        """Shows more and more pictures for what is left, until it is clear."""
+        usual = getattr(self.usual, trait) if self.usual else None
+        for count in counts:
+            for by in self.jury.confirmations:
+                choice = choose({name: worth(name, count, by) for name in names}, usual, by)
+                if choice.clear:
+                    break
+                names = choice.left
+            if choice.clear:
+                break
         evidence = choice.evidence
-        if self.usual and choice.best == usual:
-            evidence += f"; usual for {self.usual.name}"
-        elif self.usual:
+        if self.usual:
             evidence += f"; {usual} is usual for {self.usual.name}"
-        sure = "open" if choice.best is None else "certain" if choice.clear else "likely"
-        return choice.best, Finding(field, choice.best, sure, evidence, option)  # type: ignore[arg-type]
+        sure: Sure = "open" if choice.best is None else "certain" if choice.clear else "likely"
+        return choice.best, Finding(field, choice.best, sure, evidence, option)
 
 
 def _papers(facts: OnnxFacts, asked: Asked) -> list[Finding] | None:
@@ -196,14 +202,15 @@ def find_anchors(variant: Variant, jury: Jury, unsettled: Finding) -> Finding:
 
     Without labels, and where none fits clearly better, it stays open.
     """
-    if jury.confirmation != "labels":
+    if "labels" not in jury.confirmations:
         return unsettled
-    jury.iou = 0.75  # a box of the wrong size overlaps all the same
-    worth = {name: jury.worth(with_anchors(variant, sizes), MORE) for name, sizes in ANCHORS.items()}
-    choice = choose(worth, None, jury.confirmation)
-    jury.iou = 0.5
+    # A box of the wrong size overlaps all the same.
+    worth = {
+        name: jury.worth(with_anchors(variant, sizes), MORE, "labels", iou=0.75) for name, sizes in ANCHORS.items()
+    }
+    choice = choose(worth, None, "labels")
     if choice.best is None:
-        return Finding(unsettled.field, None, "open", f"{unsettled.evidence}; {choice.evidence}", unsettled.option)
+        return replace(unsettled, evidence=f"{unsettled.evidence}; {choice.evidence}")
     return Finding(unsettled.field, ANCHORS[choice.best], "likely", f"those of {choice.best}; {choice.evidence}")
 
 

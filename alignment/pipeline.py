@@ -276,7 +276,8 @@ def explain(result: CaseResult, variant: Variant) -> str:
         if result.scores and result.scores.twin_agreement_ap is not None:
             parts.append(f"against {result.scores.twin} {result.scores.twin_agreement_ap:.4f}")
         if result.scores:
-            parts.append(f"AP {result.scores.subject_ap:.4f}")
+            ap = result.scores.subject_ap
+            parts.append(f"AP {ap:.4f}" if ap >= 0 else "no labels, so no AP")
         return ", ".join(parts)
     stage = next(s for s in result.stages if s.name == result.first_difference)
     check = next(c for c in stage.checks if not c.ok)

@@ -67,6 +67,8 @@ def judge(measured: Measured, limits: GoldenCase, images: int, dataset: str | No
 
 
 def _why_unchecked(name: StageName, measured: Measured) -> str:
+    if name == "map" and measured.scores is not None and measured.scores.subject_ap < 0:
+        return "the images have no labels"
     if name == "map" and measured.scores is not None:
         return f"AP {measured.scores.subject_ap:.4f}: no golden AP for this dataset and number of images"
     if name in ("raw", "decoded") and measured.tensors:

@@ -74,7 +74,7 @@ def guess_onnx(path: Path, name: str, data: Path | None, asked: Asked, progress:
     size = InputSize(**sides)
     with open_model(path, Case(name, "onnxruntime", "fp32")) as runner:
         entries = _entries(pictures)
-        answers = _answers(runner, entries, size, asked, progress)
+        answers = look_at(runner, entries, size, asked, progress)
         head = find_head(Look(facts, size, answers, asked, pictures.categories))
         unsettled = [f for f in head.findings if f.field == "source.head.anchors" and f.sure == "open"]
         require_settled(path, [f for f in head.findings if f not in unsettled or not _three_by_three(head)])
@@ -104,10 +104,10 @@ def _entries(pictures: Pictures) -> list[ImageEntry]:
     return [ImageEntry(index, path.name, path) for index, path in enumerate(files_in(pictures.folder), 1)]
 
 
-def _answers(
+def look_at(
     runner: Runner, entries: list[ImageEntry], size: InputSize, asked: Asked, progress: Progress
 ) -> list[Named]:
-    """What the model says of the first pictures, prepared in every way that is left."""
+    """What the model says of the first pictures, prepared in every way that the command line leaves."""
     ways = [hypothesis(kind, order) for kind, order in hypotheses(asked)]
     answers = []
     for entry in entries[:LOOKED_AT]:

@@ -15,6 +15,8 @@ STRIDES = ((8, 16, 32), (8, 16, 32, 64), (16, 32), (4, 8, 16, 32), (4, 8, 16), (
 MOST_ANCHORS = 9
 #: In strides: so near to the middle of its cell is the middle of a typical box.
 NEAR = 3.0
+#: Correlation of a decoded box's x with that of its cell, at least.
+GROWS = 0.9
 #: A probability may be that much outside 0..1, by rounding.
 SLACK = 1e-3
 #: A row of at least this objectness is one where the network sees something.
@@ -83,10 +85,11 @@ def box_coding(boxes: np.ndarray, grid: Grid | None, size: InputSize) -> BoxCodi
     distances = {
         "pixels": min(_distance(boxes, form, grid, size, inside) for inside in (False, True)),
         "relative": min(_distance(boxes * scale, form, grid, size, inside) for inside in (False, True)),
-        "offsets": float(np.median(np.abs(rows[:, :2] - 0.5))) if len(rows) else np.inf,
+        "offsets": _offset(boxes, grid, size),
     }
     unit = min(distances, key=lambda name: distances[name])
-    if distances[unit] > NEAR:
+    # The logarithms of sizes leave 0..1, so that columns that do not are scores.
+    if distances[unit] > NEAR or (unit == "offsets" and activation(rows)[0] == "none"):
         unit = ""
     near = ", ".join(f"{distance:.2g} as {name}" for name, distance in distances.items())
     evidence = f"strides from the middle of its cell to that of a box, median: {near}"
@@ -102,6 +105,20 @@ def _distance(boxes: np.ndarray, form: str, grid: Grid, size: InputSize, inside:
         away = np.abs(centre - middles).max(-1) / strides[:, 0]
     away = away[np.isfinite(away)]
     return float(np.median(away)) if away.size else np.inf
+
+
+def _offset(boxes: np.ndarray, grid: Grid, size: InputSize) -> float:
+    """The same of undecoded boxes, whose first column, unlike a decoded one, does not grow with the cell's x."""
+    first = boxes[..., 0]
+    finite = np.isfinite(boxes).all((1, 2)) & (first.std(1) > 0)
+    if not finite.any():
+        return np.inf
+    for inside in (False, True):
+        x = grid.cells(size, inside)[0][:, 0]
+        grows = [np.corrcoef(image, x)[0, 1] for image in first[finite]]
+        if np.median(grows) > GROWS:
+            return np.inf
+    return float(np.median(np.abs(boxes[finite][..., :2] - 0.5)))
 
 
 def activation(scores: np.ndarray) -> tuple[str, str]:

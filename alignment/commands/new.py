@@ -97,6 +97,8 @@ def _write(found: Guessed, path: Path) -> None:
             finding.field, _plain(finding), f"[{colour}]{finding.sure}[/]", finding.evidence.replace("[", r"\[")
         )
     print_table(table)
+    if likely := [finding.field for finding in found.findings if finding.sure == "likely"]:
+        out.print(f"likely, but not certain: {', '.join(likely)}: check them in the YAML", markup=False)
     write_variant(path, found.variant, found.findings, shlex.join(["align", *sys.argv[1:]]))
     out.print(f"wrote {path}", markup=False)
 

@@ -112,7 +112,8 @@ def _family(layout: str, dense: _Dense) -> str:
     if layout != "yolov5" or (dense.grid is not None and dense.grid.anchors > 1):
         return layout
     first = dense.rows[..., 4]
-    return "yolov6" if bool((first > 0.999).all()) else "" if dense.grid is None else "yolox"
+    # Without anchors there are several, which want their input in different ways; YOLOv6 alone has this one at 1.
+    return "yolov6" if bool((first > 0.999).all()) else ""
 
 
 def _layout(look: Look, dense: _Dense, logits: bool, shown: str) -> Finding:

@@ -62,7 +62,7 @@ def require_settled(path: Path, findings: Iterable[Finding]) -> None:
     unsettled = [finding for finding in findings if finding.sure == "open"]
     if unsettled:
         what = "; ".join(f"cannot tell {finding.field}: {finding.evidence}" for finding in unsettled)
-        raise AlignError(f"{path}: {what}", "give " + " and ".join(finding.option for finding in unsettled))
+        raise AlignError(f"{path}: {what}", "give " + ", and ".join(finding.option for finding in unsettled))
 
 
 def as_fields(findings: Iterable[Finding]) -> dict[str, Any]:

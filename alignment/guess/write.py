@@ -52,19 +52,21 @@ def _beside(path: Path, folder: Path) -> str:
     return os.path.relpath(path.absolute(), folder.absolute()) if inside else str(path)
 
 
-def _lines(node: dict[str, Any], prefix: str, comments: dict[str, str], said: dict[str, None]) -> list[str]:
+def _lines(
+    node: dict[str, Any], prefix: str, comments: dict[str, str], said: dict[str, None], depth: int = 0
+) -> list[str]:
     """The lines of a mapping; evidence that was said for the field before is not repeated."""
     lines: list[str] = []
     for key, value in node.items():
         field = f"{prefix}.{key}" if prefix else key
-        margin = "  " * field.count(".")
+        margin = "  " * depth
         comment = comments.get(field)
         if comment is not None and comment not in said:
             said.clear()
             said[comment] = None
             lines += textwrap.wrap(comment, WIDTH, initial_indent=f"{margin}# ", subsequent_indent=f"{margin}# ")
         if isinstance(value, dict):
-            lines += [f"{margin}{key}:", *_lines(value, field, comments, said)]
+            lines += [f"{margin}{key}:", *_lines(value, field, comments, said, depth + 1)]
         else:
             lines.append(f"{margin}{key}: {_flow(value)}")
     return lines

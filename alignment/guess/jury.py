@@ -21,7 +21,7 @@ SCORE = 0.25
 #: Two readings differ where the mean difference is so many times its standard error.
 CLEAR = 3.0
 #: A model that is read rightly finds more than this, in scores a picture.
-LEAST = 0.1
+LEAST = 0.25
 Confirmation = Literal["labels", "mirror"]
 
 

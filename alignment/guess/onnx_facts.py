@@ -97,7 +97,8 @@ def find_size(facts: OnnxFacts, asked: Asked) -> list[Finding]:
             raise AlignError(f"{facts.path}: input {list(shape)} is fixed", "leave out --size, or export it anew")
         sides, evidence = asked.size, "given as --size"
     elif None not in fixed:
-        sides, evidence = (shape[2], shape[3]), f"the graph's input is {list(shape)}"
+        shown = ", ".join(str(side or "any") for side in shape)
+        sides, evidence = (shape[2], shape[3]), f"the graph's input is [{shown}]"
     else:
         sides, evidence = _imgsz(facts), f"the graph's metadata say imgsz {facts.metadata.get('imgsz')}"
     for side in sides:

@@ -25,7 +25,7 @@ RANGES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 ORDERS = ("rgb", "bgr")
 RESIZES = ("letterbox", "letterbox_top_left", "stretch")
 #: Pictures for a first look at all hypotheses, and for those that it leaves.
-FIRST, MORE, MOST = 8, 32, 64
+FIRST, MORE, MOST = 8, 32, 128
 _PAPERS = "alignment.preprocess"
 #: The worth of one reading on so many pictures.
 Worth = Callable[[str, int, Confirmation], np.ndarray]
@@ -139,7 +139,7 @@ class _Trial:
         def worth(name: str, count: int, by: Confirmation) -> np.ndarray:
             return self._worth(kind, name, None, count, by)
 
-        return self._settled(field, ORDERS, (MORE, MOST), worth, "channels", option)
+        return self._settled(field, ORDERS, (MORE, 2 * MORE, MOST), worth, "channels", option)
 
     def resize(self, kind: str | None, order: str | None) -> tuple[str, Finding]:
         """How an image is fitted; never open, as it hardly changes what is found where the padding is."""

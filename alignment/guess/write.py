@@ -31,8 +31,8 @@ def write_variant(path: Path, variant: Variant, findings: list[Finding], origin:
         if group in fields:
             written[group] = fields[group]
     comments = {finding.field: f"{finding.sure}: {finding.evidence}" for finding in findings}
-    lines = [f"# Written by `{origin}`.  Above each field its evidence, and how sure it is."]
-    lines += _lines(written, "", comments, {})
+    header = f"Written by `{origin}`.  Above each field its evidence, and how sure it is."
+    lines = [*_comment(header, ""), *_lines(written, "", comments, {})]
     with writing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -64,12 +64,18 @@ def _lines(
         if comment is not None and comment not in said:
             said.clear()
             said[comment] = None
-            lines += textwrap.wrap(comment, WIDTH, initial_indent=f"{margin}# ", subsequent_indent=f"{margin}# ")
+            lines += _comment(comment, margin)
         if isinstance(value, dict):
             lines += [f"{margin}{key}:", *_lines(value, field, comments, said, depth + 1)]
         else:
             lines.append(f"{margin}{key}: {_flow(value)}")
     return lines
+
+
+def _comment(text: str, margin: str) -> list[str]:
+    start = f"{margin}# "
+    how = {"break_long_words": False, "break_on_hyphens": False, "fix_sentence_endings": True}
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=start, **how)  # type: ignore[arg-type]
 
 
 def _flow(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from test_onnx_heads import ALL, DECODED
 
 from alignment.data.coco import CocoDataset
 from alignment.errors import AlignError
+from alignment.export.nms_head import NmsHead, end_in_nms
 from alignment.export.onnx_export import ExportOptions, exported
 from alignment.guess.bare import guess_onnx, look_at
 from alignment.guess.columns import box_coding, grid_of, objectness
@@ -243,6 +245,37 @@ def test_what_is_no_such_detector_is_refused_with_what_was_seen(write, data, lay
     with pytest.raises(AlignError, match=said) as caught:
         guess(path, data)
     assert "output0 [1, " in str(caught.value)
+
+
+def angles(graph: layouts.Graph) -> str:
+    """Some angle for each row, in radians."""
+    return graph.add("Sub", graph.add("Div", graph.cut("boxes", 0, 1), np.float32(160)), np.float32(1))
+
+
+def rotated_rows(graph: layouts.Graph) -> dict[str, str]:
+    return {
+        "output0": layouts.turned(graph, graph.add("Concat", layouts.centred(graph), "scores", angles(graph), axis=2))
+    }
+
+
+def rotated_pair(graph: layouts.Graph) -> dict[str, str]:
+    return {"boxes_": graph.add("Concat", layouts.centred(graph), angles(graph), axis=2), "scores_": "scores"}
+
+
+@pytest.mark.parametrize(("layout", "name"), [(rotated_rows, "yolov8"), (rotated_pair, "decoded")])
+def test_an_angle_makes_boxes_rotated(write, data, layout, name):
+    found = guess(write(layout), data / "val2017", range="0..1", channels="rgb")
+    assert (found.variant.source.head.layout, found.variant.boxes, found.variant.classes) == (name, "rotated", 6)
+
+
+def test_a_graph_that_ends_in_the_plugin_of_tensorrt_is_told(data, tmp_path):
+    variant = load_variant("yolov8_embedded")
+    path = Path(shutil.copy(exported(variant, ExportOptions(17, 1, "decoded")).onnx, tmp_path))
+    list(end_in_nms(path, NmsHead("efficient_nms", variant.nms), None))
+    found = guess(path, data)
+    assert (found.variant.ends_in_nms, found.variant.classes) == (True, 6)
+    assert found.variant.source.head.labels in {output.name for output in onnx.load(path).graph.output}
+    assert found.variant.preprocess == variant.preprocess, "align export wrote it into the metadata"
 
 
 def test_a_dynamic_size_is_asked_for_and_a_dynamic_batch_is_not(write, data):

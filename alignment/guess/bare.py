@@ -90,7 +90,7 @@ def guess_onnx(path: Path, name: str, data: Path | None, asked: Asked, progress:
     findings = [*head.findings, *findings, *prepared]
     require_settled(path, findings)
     if head.layout != "end2end":
-        iou = IOU_THRESHOLDS.get(head.family, 0.65)
+        iou = 0.1 if variant.rotated else IOU_THRESHOLDS.get(head.family, 0.65)
         findings.append(Finding("nms.iou_threshold", iou, "likely", "the usual one: set it as the model is deployed"))
     findings.append(Finding("dataset", "coco", "certain", f"run on {pictures.origin}"))
     variant = _variant(name, path, findings)

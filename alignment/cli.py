@@ -1,5 +1,5 @@
-"""``align``: run, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers, explain, inspect,
-variants, doctor, schema, synthetic.
+"""``align``: run, new, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers, explain,
+inspect, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -36,6 +36,7 @@ from alignment.commands.explain import explain
 from alignment.commands.gate import gate
 from alignment.commands.inspect import inspect
 from alignment.commands.ladder import ladder
+from alignment.commands.new import new
 from alignment.commands.partial import partial
 from alignment.commands.qat import qat
 from alignment.commands.quantize import quantize
@@ -223,6 +224,7 @@ app.command()(reported(ladder))
 app.command()(reported(explain))
 app.command()(reported(inspect))
 app.command()(reported(gate))
+app.command()(reported(new))
 
 
 @app.command()

@@ -218,7 +218,7 @@ def _measured(result: CaseResult, dataset: dict[str, Any], reason: str) -> Golde
             measured = Tolerance(value=limit, origin=f"{how}, over {over} {stamp}")
             tolerances[name] = _promised(result.case.precision, name, measured)
     ap = None
-    if result.scores is not None and result.scores.subject_ap >= 0:
+    if result.scores is not None and result.scores.subject_ap >= 0:  # less where no image has a label
         ap = GoldenAp(
             value=round(result.scores.subject_ap, 4),
             margin=INT8_AP_MARGIN if int8 else AP_MARGIN,

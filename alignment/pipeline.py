@@ -312,7 +312,7 @@ def explain(result: CaseResult, variant: Variant) -> str:
             parts.append(f"against {result.scores.twin} {result.scores.twin_agreement_ap:.4f}")
         if result.scores:
             ap = result.scores.subject_ap
-            parts.append(f"AP {ap:.4f}" if ap >= 0 else "no labels, so no AP")
+            parts.append(f"AP {ap:.4f}" if ap >= 0 else "no truth, so no AP")
         if result.scores and result.scores.dota:
             parts.append(f"DOTA's AP50 {result.scores.dota.ap50:.4f}")
         return ", ".join(parts)

@@ -82,7 +82,7 @@ def test_an_unseen_file_becomes_a_variant_with_golden_values_and_a_report(unseen
 def test_pictures_without_labels_will_do(unseen, data, tmp_path):
     code, said, error = new("shapes", "--onnx", unseen, "--data", data / "val2017", "--out", tmp_path, "--images", 3)
     assert (code, error) == (0, ""), said
-    assert "no labels, so no AP" in said
+    assert "no truth, so no AP" in said
     assert "the mirrored picture confirms" in (tmp_path / "shapes.yaml").read_text()
     golden = yaml.safe_load((tmp_path / "golden" / "shapes.yaml").read_text())["cases"]["shapes-onnxruntime-fp32"]
     assert "ap" not in golden

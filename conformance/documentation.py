@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ("align", "pytest", "python", "tox", "pip")
+PROGRAMS = ("align", "pytest", "python", "tox", "pip", "cmake")
 #: The languages of fenced blocks: every line of `sh` is a command, in `console` those behind ``$``.
 LANGUAGES = ("sh", "console", "yaml", "text")
 _FENCE = re.compile(r"^\s*(`{3,})([^`]*)$")
@@ -37,12 +37,12 @@ class Command:
     def words(self) -> list[str]:
         """As a shell splits it; the brackets of a synopsis are left out."""
         text = re.sub(r"(?<!\S)\[|\](?!\S)", "", self.text) if self.inline else self.text
-        return shlex.split(text, comments=True)
+        return shlex.split(text)
 
     @property
     def synopsis(self) -> bool:
         """Whether names stand for what is to be given: ``align qat VARIANT [--from FILE]``, ``align A|B``."""
-        return self.inline and any(re.search(r"(?<![\w./=])[A-Z]{2,}(?![\w./=])|\||\.\.\.", w) for w in self.words)
+        return self.inline and bool(re.search(r"(?<![\w.])[A-Z]{2,}(?![a-z])|[|\[]|\.\.\.", self.text))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -137,30 +137,18 @@ def _script(block: Block, page: str) -> Iterator[Command]:
             whole = ""
 
 
-def _console(block: Block, page: str) -> Iterator[Command]:
-    last: tuple[int, str] | None = None
-    printed: list[str] = []
-    status = False
-
-    def finished() -> Iterator[Command]:
-        if last is None:
-            assert not printed, f"{page}:{block.line}: output before the first command"
-        elif status:
-            (code,) = printed
-            yield Command(f"{page}:{last[0]}", last[1], prints=tuple(held), status=int(code))
-        else:
-            yield Command(f"{page}:{last[0]}", last[1], prints=tuple(printed))
-
-    held: list[str] = []
+def _console(block: Block, page: str) -> list[Command]:
+    """The commands behind ``$``; what ``echo $?`` prints is the status of the one before."""
+    found: list[Command] = []
     for offset, line in enumerate(block.lines, 1):
-        if line == "$ echo $?":
-            held, printed, status = printed, [], True
-        elif line.startswith("$ "):
-            yield from finished()
-            last, printed, status = (block.line + offset, _uncommented(line[2:])), [], False
+        if line.startswith("$ "):
+            found.append(Command(f"{page}:{block.line + offset}", _uncommented(line[2:]), prints=()))
+        elif found[-1].text == "echo $?":
+            found.pop()
+            found[-1] = replace(found[-1], status=int(line))
         else:
-            printed.append(line)
-    yield from finished()
+            found[-1] = replace(found[-1], prints=(*(found[-1].prints or ()), line))
+    return found
 
 
 def _uncommented(line: str) -> str:

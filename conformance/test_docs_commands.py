@@ -74,7 +74,9 @@ def complete(command: Command) -> bool:
 @pytest.fixture(scope="module")
 def pytest_options() -> set[str]:
     """The options of pytest with its plugins."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", done.stdout))
 
 

@@ -22,8 +22,12 @@ _LIMITS = {
 _PLAIN = {"number": "number", "integer": "integer", "string": "text", "boolean": "true or false", "null": "null"}
 
 
-def section(model: type[BaseModel]) -> str:
-    """A model as a section of its name: its docstring, then a row a field."""
+def sections(*models: type[BaseModel]) -> list[str]:
+    """Each model as a section of its name: its docstring, then a row a field."""
+    return [_section(model) for model in models]
+
+
+def _section(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     required = schema.get("required", [])
     rows = [

@@ -42,56 +42,52 @@ class Column:
         function: of `implementations`; its docstring stands below the table.
         semantics: at parameters that stand for themselves.
         names: what those parameters are called there.
-        switched: the same with a switch the other way, and how that is written.
+        switches: what changes it, as it is written, and the semantics then.
     """
 
     title: str
     function: Callable[..., Semantics]
     semantics: Semantics
     names: dict[Any, str]
-    switched: tuple[str, Semantics] | None = None
+    switches: tuple[tuple[str, Semantics], ...] = ()
 
 
 def columns() -> list[Column]:
     """Every implementation."""
-    return [*_python(), *_onnx(), *_plugins()]
+    return [_mmyolo(), _torchvision(), *_onnx(), *_plugins()]
 
 
-def _python() -> list[Column]:
-    mmyolo, torchvision = implementations.mmyolo, implementations.torchvision_nms
+def _mmyolo() -> Column:
+    mmyolo, names = implementations.mmyolo, {_TOPK: "nms_pre", _OUTPUT: "max_per_image"}
     nms = Nms(score_threshold=_SCORE, iou_threshold=_IOU, nms_pre=_TOPK, max_per_image=_OUTPUT)
     best = nms.model_copy(update={"multi_label": False})
-    names = {_TOPK: "nms_pre", _OUTPUT: "max_per_image"}
-    single = "`multi_label: false`"
-    return [
-        Column("mmyolo", mmyolo, mmyolo(nms), names, (single, mmyolo(best))),
-        Column("mmrotate, rotated boxes, CPU", mmyolo, mmyolo(nms, True), names, (single, mmyolo(best, True))),
-        Column("torchvision", torchvision, torchvision(_SCORE, _IOU, _OUTPUT), {_OUTPUT: "max_output"}),
-    ]
+    switches = ("`multi_label: false`", mmyolo(best)), ("rotated boxes, on the CPU", mmyolo(nms, rotated=True))
+    return Column("mmyolo, mmrotate", mmyolo, mmyolo(nms), names, switches)
+
+
+def _torchvision() -> Column:
+    torchvision = implementations.torchvision_nms
+    return Column("torchvision", torchvision, torchvision(_SCORE, _IOU, _OUTPUT), {_OUTPUT: "max_output"})
 
 
 def _onnx() -> list[Column]:
-    onnx, inms = implementations.onnx_nms, implementations.inms_layer
-    names = {_PER_CLASS: "max_per_class"}
+    onnx, inms, names = implementations.onnx_nms, implementations.inms_layer, {_PER_CLASS: "max_per_class"}
+    low = (_LOW_WORDS, inms(_LOW, _IOU, _PER_CLASS))
     return [
         Column("ONNX NonMaxSuppression", onnx, onnx(_SCORE, _IOU, _PER_CLASS), names),
-        Column("INMSLayer", inms, inms(_SCORE, _IOU, _PER_CLASS), names),
-        Column(f"INMSLayer, {_LOW_WORDS}", inms, inms(_LOW, _IOU, _PER_CLASS), names),
+        Column("INMSLayer", inms, inms(_SCORE, _IOU, _PER_CLASS), names, (low,)),
     ]
 
 
 def _plugins() -> list[Column]:
     efficient, rotated = implementations.efficient_nms, implementations.efficient_nms_rotated
     names = {_TOPK: "pre_nms_topk", _OUTPUT: "max_output_boxes", _BACKGROUND: "background_class"}
-    low, together = {**_PLUGIN, "score_threshold": _LOW}, {"class_agnostic": 1}
-    agnostic = "`class_agnostic`"
+    low, agnostic = {**_PLUGIN, "score_threshold": _LOW}, {**_PLUGIN, "class_agnostic": 1}
+    switches = (_LOW_WORDS, efficient(low)), ("`class_agnostic: 1`", efficient(agnostic))
+    together = ("`class_agnostic: 1`", rotated(agnostic))
     return [
-        Column(title, function, function(given), names, (agnostic, function({**given, **together})))
-        for title, function, given in (
-            ("EfficientNMS_TRT", efficient, _PLUGIN),
-            (f"EfficientNMS_TRT, {_LOW_WORDS}", efficient, low),
-            ("EfficientNMSRotated_TRT", rotated, _PLUGIN),
-        )
+        Column("EfficientNMS_TRT", efficient, efficient(_PLUGIN), names, switches),
+        Column("EfficientNMSRotated_TRT", rotated, rotated(_PLUGIN), names, (together,)),
     ]
 
 
@@ -108,13 +104,10 @@ class Row:
     answer: Answer
 
     def cell(self, column: Column) -> str:
-        """The answer, and where a switch changes it the other one."""
+        """The answer, and the other one for each switch that changes it."""
         said = self.answer(column.semantics, column.names)
-        if column.switched is None:
-            return said
-        switch, semantics = column.switched
-        other = self.answer(semantics, column.names)
-        return said if other == said else f"{said}; {switch}: {other}"
+        others = ((switch, self.answer(semantics, column.names)) for switch, semantics in column.switches)
+        return "; ".join([said, *(f"{switch}: {other}" for switch, other in others if other != said)])
 
 
 def _passes(found: Semantics, _: Names) -> str:
@@ -182,9 +175,9 @@ def page() -> str:
     found = columns()
     rows = [[f"**{row.question}**", *(row.cell(column) for column in found)] for row in ROWS]
     text = [INTRODUCTION, table(["", *(column.title for column in found)], rows)]
-    for function in dict.fromkeys(column.function for column in found):
-        title = ", ".join(column.title for column in found if column.function is function)
-        text.append(f"## `{function.__name__}`\n\n{title}.\n\n{prose(inspect.cleandoc(function.__doc__ or ''))}\n")
+    for column in found:
+        docstring = prose(inspect.cleandoc(column.function.__doc__ or ""))
+        text.append(f"## {column.title}\n\n`{column.function.__name__}`: {docstring}\n")
     text.append(f"## Every choice\n\n{prose(inspect.cleandoc(Semantics.__doc__ or ''))}\n")
     return "\n".join(text)
 

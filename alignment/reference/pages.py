@@ -9,19 +9,18 @@ from typing import Any
 from alignment import golden, onnx_head, pytest_plugin, variant
 from alignment.gate import policy
 from alignment.reference import command_line, nms
-from alignment.reference.fields import section
+from alignment.reference.fields import sections
 from alignment.reference.markdown import code, prose, table
 
 
 def golden_page() -> str:
     """The format of ``golden/<variant>.yaml``."""
-    models = (golden.Golden, golden.GoldenCase, golden.Tolerance, golden.GoldenAp, golden.Overlay)
     return "\n".join(
         [
             "# Golden files\n",
             "What the cases of a variant are held to, one file a variant. How a limit comes about is told in "
             "[What is compared](../explanation/comparison.md).\n",
-            *map(section, models),
+            *sections(golden.Golden, golden.GoldenCase, golden.Tolerance, golden.GoldenAp, golden.Overlay),
             "## Limits\n",
             f"`--update-golden REASON` writes what is measured × {golden.FACTOR:g}, the AP with a margin of "
             f"{golden.AP_MARGIN:g}, in int8 of {golden.INT8_AP_MARGIN:g}. {', '.join(map(code, golden.MINIMA))} are "
@@ -43,22 +42,14 @@ def _by_precision(limits: dict[str, dict[golden.Quantity, float]]) -> str:
 
 def variant_page() -> str:
     """The format of a variant's YAML."""
-    models = (
-        variant.Variant,
-        variant.MMYoloSource,
-        variant.OnnxSource,
-        *onnx_head.OnnxHead.__args__,
-        variant.InputSize,
-        variant.Preprocess,
-        variant.Nms,
-        variant.Quantization,
-    )
+    heads = onnx_head.OnnxHead.__args__
+    parts = (variant.InputSize, variant.Preprocess, variant.Nms, variant.Quantization)
     return "\n".join(
         [
             "# Variant files\n",
             "One detector to be deployed, one YAML file. Paths are relative to it; `${ALIGN_DATA}` and other "
             "environment variables are expanded. Examples: [Describe a variant](../howto/variant.md).\n",
-            *map(section, models),
+            *sections(variant.Variant, variant.MMYoloSource, variant.OnnxSource, *heads, *parts),
         ]
     )
 
@@ -71,7 +62,7 @@ def policy_page() -> str:
             "What `align gate` holds a run to beside its golden values. This is the packaged one, which "
             "`align gate --print-policy` prints:\n",
             f"```yaml\n{policy.PACKAGED.read_text(encoding='utf-8').strip()}\n```\n",
-            *map(section, (policy.Policy, policy.Rule, policy.Pattern)),
+            *sections(policy.Policy, policy.Rule, policy.Pattern),
             f"## Limits\n\n{prose(policy.Limits.__doc__ or '')}\n",
         ]
     )
@@ -104,7 +95,9 @@ def suite_page() -> str:
             "`--strict` also makes a case that is skipped a failure. How to run it on a variant of one's own: "
             "[In a repository of one's own](../howto/own-repository.md).\n",
             "## Markers\n",
-            table(["`pytest -m`", "what is held"], [[code(name), text] for name, text in pytest_plugin.MARKERS.items()]),
+            table(
+                ["`pytest -m`", "what is held"], [[code(name), text] for name, text in pytest_plugin.MARKERS.items()]
+            ),
             "## Options\n",
             table(["option", "value", "meaning"], options.rows),
         ]

@@ -66,7 +66,7 @@ def wrong_align(words: list[str], inline: bool, synopsis: bool) -> str | None:
 def complete(command: Command) -> bool:
     """Whether a command can be typed as it stands, which one in running text need not be."""
     program, *words = command.words
-    if command.synopsis or not words:
+    if command.synopsis or not words or (command.inline and words[-1].startswith("--") and program != "align"):
         return False
     return program != "align" or wrong_align(words, False, False) is None
 

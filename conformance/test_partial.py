@@ -24,7 +24,8 @@ from alignment.export.onnx_export import file_digest
 from alignment.quantize import scoring
 from alignment.quantize.candidates import Candidates
 from alignment.quantize.keep_float import adopted, read_keep_float, write_keep_float
-from alignment.quantize.partial import Goal, Point, budget, frontier, partial
+from alignment.quantize.partial import Goal, Point, budget, partial
+from alignment.quantize.partial_result import PartialResult, frontier
 from alignment.quantize.ranking import rank_correlations, spearman
 from alignment.quantize.scoring import Score, Scorer
 from alignment.quantize.search import Kept, Search, worth

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import string
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from alignment.errors import AlignError
-from alignment.quantize.partial import Point, frontier
+from alignment.quantize.partial_result import PartialResult, Point, frontier
+from alignment.report.plot import Mark, Series, key, scatter
 
 
 class _Panel(NamedTuple):
@@ -61,6 +65,47 @@ def draw_pareto(path: Path, title: str, points: Sequence[Point], chosen: Point, 
             if place == 1:
                 figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def letters(found: PartialResult) -> dict[str, str]:
+    """Way → the letter that stands for it in `charts`."""
+    return dict(zip(found.ways, string.ascii_lowercase, strict=False))
+
+
+def charts(found: PartialResult) -> list[Markup]:
+    """The same as a legend and SVGs for a page of its own colours, ways by their letters."""
+    panels = [panel for panel in PANELS if found.reference.ap >= 0 or "AP" not in panel.y]
+    panels += [TIMED] if any(point.latency_ms is not None for point in found.points) else []
+    made = [(panel, _series(panel, found)) for panel in panels]
+    drawn = [scatter(f"{panel.y} against {panel.x}", panel.x, panel.y, series) for panel, series in made]
+    return [key(made[0][1]), *drawn]
+
+
+def _series(panel: _Panel, found: PartialResult) -> list[Series]:
+    def marks(points: Sequence[Point], named: str = "") -> list[Mark]:
+        return [
+            Mark(panel.of_x(p), panel.of_y(p), f"{named}{len(p.kept)} in float, {panel.y} {panel.of_y(p):.4g}")
+            for p in points
+        ]
+
+    points = [point for point in found.points if panel.of_x(point) is not None]
+    front = frontier(points, lambda p: panel.dear * panel.of_x(p), lambda p: -panel.good * panel.of_y(p))
+    places: dict[tuple[float, float], list[str]] = {}
+    for way, point in found.ways.items():
+        if panel.of_x(point) is not None:
+            places.setdefault((panel.of_x(point), panel.of_y(point)), []).append(way)
+    of = letters(found)
+    ways = [
+        Mark(x, y, f"{', '.join(names)}: {panel.y} {y:.4g}", "".join(of.get(name, "") for name in names))
+        for (x, y), names in places.items()
+    ]
+    chosen = [found.chosen] if panel.of_x(found.chosen) is not None else []
+    return [
+        Series(f"{len(points)} sets", "faint", "dot", marks(points)),
+        Series("Pareto front", "front", "circle", marks(front), line=True),
+        Series("compared, by letter", "ways", "diamond", ways),
+        Series(f"chosen: {len(found.chosen.kept)} in float", "chosen", "star", marks(chosen, "chosen: ")),
+    ]
 
 
 def require_matplotlib() -> None:

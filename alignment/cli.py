@@ -1,5 +1,5 @@
-"""``align``: run, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers, explain, inspect,
-variants, doctor, schema, synthetic.
+"""``align``: run, report, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers, explain,
+inspect, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -39,6 +39,7 @@ from alignment.commands.ladder import ladder
 from alignment.commands.partial import partial
 from alignment.commands.qat import qat
 from alignment.commands.quantize import quantize
+from alignment.commands.report import report
 from alignment.commands.sensitivity import sensitivity
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
@@ -223,6 +224,7 @@ app.command()(reported(ladder))
 app.command()(reported(explain))
 app.command()(reported(inspect))
 app.command()(reported(gate))
+app.command()(reported(report))
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from alignment.case import BACKENDS
 from alignment.inspection.draw import STYLE
 from alignment.inspection.findings import KINDS
 from alignment.quantize.sensitivity import METRICS
@@ -14,7 +15,7 @@ from alignment.report.gather import Gathered
 from alignment.report.page import environment
 from alignment.report.pareto import charts, letters
 from alignment.report.shown import plural, verb
-from alignment.report.variants import BACKENDS, order, parts, step
+from alignment.report.variants import order, parts, step
 from alignment.results import Alignment
 
 STATUSES = ("fail", "pass", "skip")

@@ -35,6 +35,7 @@ def environment() -> jinja2.Environment:
         shown.signed,
         shown.milliseconds,
         shown.checked,
+        shown.worst_checks,
         shown.key,
         shown.share,
         shown.megabytes,

@@ -16,9 +16,10 @@ WIDTH = 480
 MARGIN = 14
 LABELS = 176  # width of the labels on the left of a dot plot
 ROW = 21  # height of a row of a dot plot
+APART = 4  # by so much the series of a dot plot are moved against each other
 HEIGHT = 250  # of the plane of a scatter plot
 LEFT = 48  # of a scatter plot, for the ticks of y
-CHARACTER = 6.4  # pixels of a character of the labels, about
+CHARACTER = 7.2  # pixels of a character of the labels, about, where they are largest
 #: Marks by name, of about the same area, around 0, 0.
 MARKS = {
     "circle": '<circle r="4.2"/>',
@@ -72,8 +73,9 @@ def dots(title: str, rows: Sequence[str], series: Sequence[Series]) -> Markup:
     for tick in across.ticks:
         parts.append(_line(across(tick), top, across(tick), bottom, "grid"))
         parts.append(_text(across(tick), bottom + 14, across.name(tick), "middle"))
-    for one in series:
-        at = [(across(mark.x), top + ROW * (mark.y + 0.5), mark) for mark in one.values]
+    for place, one in enumerate(series):
+        aside = APART * (place - (len(series) - 1) / 2)  # equal values are both seen
+        at = [(across(mark.x), top + ROW * (mark.y + 0.5) + aside, mark) for mark in one.values]
         parts.append(_series(one, at))
     return _svg(title, bottom + 22, parts)
 

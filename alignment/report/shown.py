@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from alignment.results import CaseResult
+from alignment.results import CaseResult, Check, StageResult
 
 ABSENT = "-"
 
@@ -77,6 +77,16 @@ def milliseconds(case: CaseResult) -> float | None:
 def checked(case: CaseResult, name: Literal["boxes", "scores"]) -> float | None:
     """The largest difference of decoded boxes (pixels) or scores, as the check of that name has it."""
     return next((check.value for stage in case.stages for check in stage.checks if check.name == name), None)
+
+
+def worst_checks(stage: StageResult) -> list[Check]:
+    """Of checks that have one name, as a record's on all candidates and on its full tensors, the worst."""
+    found: dict[str, Check] = {}
+    for check in stage.checks:
+        known = found.setdefault(check.name, check)
+        if (known.ok, -known.value) > (check.ok, -check.value):
+            found[check.name] = check
+    return list(found.values())
 
 
 def key(value: float | None) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from alignment.case import BACKENDS, PRECISIONS, ROUTES
 from alignment.gate.numbers import known, numbers_of
 from alignment.inspection.saved import Inspection
 from alignment.quantize.partial_result import PartialResult
@@ -16,8 +17,6 @@ from alignment.report.gather import Gathered
 from alignment.report.plot import Mark, Series, dots, key
 from alignment.results import CaseResult, Explanation, Ladder, Rung, RungScore
 
-PRECISIONS = ("fp32", "tf32", "fp16", "int8")
-BACKENDS = ("torch", "onnxruntime", "tensorrt")
 MARKS = {"torch": "square", "onnxruntime": "circle", "tensorrt": "triangle"}
 
 
@@ -118,10 +117,11 @@ def parts(found: Gathered) -> list[VariantPart]:
     return sorted(by_name.values(), key=lambda each: (not _fails(each), each.name))
 
 
-def order(case: CaseResult) -> tuple[int, str, int, str]:
+def order(case: CaseResult) -> tuple[int, int, int, str]:
     """The order of cases: by precision, route, backend."""
     one = case.case
-    return _place(one.precision, PRECISIONS), _route(one.route), _place(one.backend, BACKENDS), one.id
+    places = _place(one.precision, PRECISIONS), _place(one.route or "", ROUTES), _place(one.backend, BACKENDS)
+    return *places, one.id
 
 
 def step(case: CaseResult) -> str:
@@ -185,8 +185,3 @@ def _fails(part: VariantPart) -> bool:
 
 def _place(name: str, names: Sequence[str]) -> int:
     return names.index(name) if name in names else len(names)
-
-
-def _route(route: str | None) -> str:
-    """qdq, the route that is deployed, before the others."""
-    return "" if route in (None, "qdq") else str(route)

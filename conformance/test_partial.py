@@ -552,6 +552,10 @@ class TestCommand:
         assert {entry["node"] for entry in kept} == set(report["chosen"]["kept"])
         assert all(entry["reason"].startswith("rank ") for entry in kept)
         assert report["chosen"] in report["points"]
+        read = PartialResult.load(tmp_path / "a" / "partial.json")
+        assert {name: read.model_dump(mode="json")[name] for name in report if name != "graph_sha256"} == {
+            name: value for name, value in report.items() if name != "graph_sha256"
+        }
         taken = next(line for line in runs[0].stdout.splitlines() if line.startswith("it is taken by: align quantize"))
         again = align("quantize", *taken.split()[6:-1], tmp_path / "q")
         assert again.exit_code == 0, again.output

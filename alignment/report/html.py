@@ -20,7 +20,13 @@ from alignment.results import Alignment
 
 STATUSES = ("fail", "pass", "skip")
 #: Of a verdict, the class that colours it; ``skip`` for the rest.
-TONES = {"Aligned": "pass", "Explained": "pass", "Not aligned": "fail", "Not explained": "fail", "Wrong setting": "fail"}
+TONES = {
+    "Aligned": "pass",
+    "Explained": "pass",
+    "Not aligned": "fail",
+    "Not explained": "fail",
+    "Wrong setting": "fail",
+}
 
 
 def render(found: Gathered) -> str:
@@ -29,7 +35,9 @@ def render(found: Gathered) -> str:
     All text from the results is escaped, and a content security policy lets only the page's own script and styles run.
     A picture that is missing is named in its place.
     """
-    cases = sorted(found.alignment.cases, key=lambda case: (STATUSES.index(case.status), case.case.variant, order(case)))
+    cases = sorted(
+        found.alignment.cases, key=lambda case: (STATUSES.index(case.status), case.case.variant, order(case))
+    )
     verdict, tone, summary = _opening(found)
     template = environment().get_template("report.html.j2")
     page = template.render(

@@ -160,9 +160,7 @@ def _of_rung(ladder: Ladder, rung: Rung, score: RungScore) -> Row:
     )
 
 
-def _series(
-    backend: str, steps: Sequence[str], rows: Sequence[Row], value_of: Callable[[Row], float | None]
-) -> Series:
+def _series(backend: str, steps: Sequence[str], rows: Sequence[Row], value_of: Callable[[Row], float | None]) -> Series:
     marks = []
     for row in rows:
         value = value_of(row)

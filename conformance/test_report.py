@@ -338,7 +338,7 @@ def test_headline(statuses: list[str], verdict: str, summary: str, tmp_path: Pat
         (shown.cosine(1.0), "1.000000"),
         pytest.param(shown.decibel(None), "-", id="no decibels"),
         (shown.signed(-0.0014), "-0.0014"),
-        (shown.signed(2e-5), "+2.0e-05"),
+        (shown.signed(-2e-5), "+0.0000"),
         (shown.key(None), ""),
         (shown.share(0.9145), "91.5 %"),
         (shown.megabytes(12_340_000), "12.3 MB"),

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from alignment.report.shown import ABSENT, score, signed
 from alignment.results import Ladder, Rung
 
 
 def cell(ladder: Ladder, rung: Rung, backend: str) -> str:
     """``0.6628 / +0.0015 / 0.9837``: AP, its change against FP32 on that backend, agreement."""
-    return " / ".join(figures(ladder, rung, backend)) if rung.on(backend) else "-"
-
-
-def figures(ladder: Ladder, rung: Rung, backend: str) -> tuple[str, str, str]:
-    """AP, its change and agreement as they are shown, "-" for what is not there."""
-    score, change = rung.on(backend), ladder.ap_change(rung, backend)
-    return (
-        f"{score.ap:.4f}" if score and score.ap >= 0 else "-",
-        "-" if change is None else f"{round(change, 4) + 0.0:+.4f}",
-        f"{score.agreement_ap:.4f}" if score else "-",
-    )
+    found = rung.on(backend)
+    if found is None:
+        return ABSENT
+    return " / ".join((score(found.ap), signed(ladder.ap_change(rung, backend)), score(found.agreement_ap)))
 
 
 def to_markdown(ladder: Ladder) -> str:

@@ -10,7 +10,6 @@ import jinja2
 
 from alignment.report import gate_markdown, shown
 from alignment.report.boxes import drawn, tag_size
-from alignment.report.ladder import figures
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -42,7 +41,6 @@ def environment() -> jinja2.Environment:
         shown.plural,
         drawn,
         tag_size,
-        figures,
         gate_markdown.behind,
         gate_markdown.cells,
         gate_markdown.mild,

@@ -63,10 +63,8 @@ def change(case: CaseResult) -> float | None:
 
 
 def signed(value: float | None) -> str:
-    """A difference of AP, always with its sign."""
-    if value is None:
-        return ABSENT
-    return "0" if value == 0 else f"{value:+.1e}" if abs(value) < 1e-4 else f"{value:+.4f}"
+    """A difference of AP, four decimals and always its sign; no negative zero."""
+    return ABSENT if value is None else f"{round(value, 4) + 0.0:+.4f}"
 
 
 def milliseconds(case: CaseResult) -> float | None:

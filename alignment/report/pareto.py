@@ -32,6 +32,8 @@ PANELS = (
     _Panel(MACS, lambda p: 100 * p.int8_macs, "AP lost, points", lambda p: 100 * p.ap_lost, -1, -1),
     _Panel(MACS, lambda p: 100 * p.int8_macs, "agreement with FP32", lambda p: p.agreement, -1, 1),
 )
+#: Of the spread of what is shown: nearer than this, letters lie over each other.
+NEAR = 0.06
 MARKERS = "sDv^<>pPXhd8"
 TIMED = _Panel("latency, ms", lambda p: p.latency_ms, "agreement with FP32", lambda p: p.agreement, 1, 1)
 
@@ -90,21 +92,28 @@ def _series(panel: _Panel, found: PartialResult) -> list[Series]:
 
     points = [point for point in found.points if panel.of_x(point) is not None]
     front = frontier(points, lambda p: panel.dear * panel.of_x(p), lambda p: -panel.good * panel.of_y(p))
-    places: dict[tuple[float, float], list[str]] = {}
-    for way, point in found.ways.items():
-        if panel.of_x(point) is not None:
-            places.setdefault((panel.of_x(point), panel.of_y(point)), []).append(way)
-    of = letters(found)
-    ways = [
-        Mark(x, y, f"{', '.join(names)}: {panel.y} {y:.4g}", "".join(of.get(name, "") for name in names))
-        for (x, y), names in places.items()
-    ]
+    ways = [(way, point) for way, point in found.ways.items() if panel.of_x(point) is not None]
     chosen = [found.chosen] if panel.of_x(found.chosen) is not None else []
     return [
         Series(f"{len(points)} sets", "faint", "dot", marks(points)),
         Series("Pareto front", "front", "circle", marks(front), line=True),
-        Series("compared, by letter", "ways", "diamond", ways),
+        Series("compared, by letter", "ways", "diamond", _lettered(panel, ways, letters(found))),
         Series(f"chosen: {len(found.chosen.kept)} in float", "chosen", "star", marks(chosen, "chosen: ")),
+    ]
+
+
+def _lettered(panel: _Panel, ways: Sequence[tuple[str, Point]], of: Mapping[str, str]) -> list[Mark]:
+    """A mark a way; the letters of those that lie too near each other to be read stand beside the first of them."""
+    at = [(panel.of_x(point), panel.of_y(point)) for _, point in ways]
+    apart = [NEAR * (max(axis) - min(axis)) or 1.0 for axis in zip(*at, strict=True)] if at else []
+    texts: dict[int, str] = {}
+    for place, (way, _) in enumerate(ways):
+        near = (k for k in texts if all(abs(at[k][axis] - at[place][axis]) <= apart[axis] for axis in (0, 1)))
+        first = next(near, place)
+        texts[first] = texts.get(first, "") + of.get(way, "")
+    return [
+        Mark(x, y, f"{way}: {panel.y} {y:.4g}", texts.get(place, ""))
+        for place, ((way, _), (x, y)) in enumerate(zip(ways, at, strict=True))
     ]
 
 

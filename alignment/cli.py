@@ -1,5 +1,5 @@
-"""``align``: run, new, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers, explain,
-inspect, variants, doctor, schema, synthetic.
+"""``align``: run, new, report, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers,
+explain, inspect, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -40,6 +40,7 @@ from alignment.commands.new import new
 from alignment.commands.partial import partial
 from alignment.commands.qat import qat
 from alignment.commands.quantize import quantize
+from alignment.commands.report import report
 from alignment.commands.sensitivity import sensitivity
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
@@ -225,6 +226,7 @@ app.command()(reported(explain))
 app.command()(reported(inspect))
 app.command()(reported(gate))
 app.command()(reported(new))
+app.command()(reported(report))
 
 
 @app.command()

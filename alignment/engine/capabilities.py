@@ -90,7 +90,11 @@ class Capabilities:
 
     def takes_libraries_of(self, version: str) -> bool:
         """Whether a plugin that was compiled against the headers of `version` can be loaded: of the same major one."""
-        return Capabilities.of(version).release[0] == self.release[0]
+        return Capabilities.of(version)._major == self._major
+
+    @property
+    def _major(self) -> int:
+        return self.release[0]
 
     @property
     def has_fp16_flag(self) -> bool:

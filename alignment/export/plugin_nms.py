@@ -17,8 +17,9 @@ from alignment.nms.plugins import ROTATED, UPRIGHT, WIDTH
 PLUGINS = tuple(WIDTH)
 #: Without these the plugin takes defaults of its own, which differ between its sources and their README.
 NEEDED = ("score_threshold", "iou_threshold", "max_output_boxes")
-#: Attributes by plugin: type, least, most.  Those of EfficientNMSRotated_TRT are what `enr_check` takes.
-_BOTH: dict[str, tuple[type, float, float]] = {
+#: Attributes by name: type, least, most.
+_Taken = dict[str, tuple[type[float], float, float]]
+_BOTH: _Taken = {
     "score_threshold": (float, -math.inf, math.inf),
     "iou_threshold": (float, 0, 1),
     "max_output_boxes": (int, 1, math.inf),
@@ -26,7 +27,8 @@ _BOTH: dict[str, tuple[type, float, float]] = {
     "score_activation": (int, 0, 1),
     "class_agnostic": (int, 0, 1),
 }
-_TAKEN = {
+#: By plugin; those of EfficientNMSRotated_TRT are what `enr_check` takes.
+_TAKEN: dict[str, _Taken] = {
     ROTATED: {**_BOTH, "pre_nms_topk": (int, 0, math.inf)},
     UPRIGHT: {**_BOTH, "background_class": (int, -math.inf, math.inf), "box_coding": (int, 0, 1)},
 }

@@ -199,7 +199,25 @@ def test_sources_that_do_not_compile_give_one_line_and_leave_nothing(monkeypatch
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "nvcc", "ninja"))), reason="no cmake, ninja or nvcc")
+without_cmake = pytest.mark.skipif(
+    not all(map(shutil.which, ("cmake", "nvcc", "ninja"))), reason="no cmake, ninja or nvcc"
+)
+
+
+@without_cmake
+def test_cmake_takes_the_headers_of_the_folder_that_is_named(tmp_path):
+    """Not those of the system, nor those of an earlier call."""
+    (tmp_path / "with" / "include").mkdir(parents=True)
+    (tmp_path / "with" / "include" / "NvInfer.h").touch()
+    (tmp_path / "without").mkdir()
+    command = ["cmake", "-S", plugins.source_dir(), "-B", tmp_path / "b", "-G", "Ninja"]
+    for name, fails in [("with", False), ("without", True)]:
+        options = ["-DCMAKE_CUDA_ARCHITECTURES=90", f"-DTENSORRT_ROOT={tmp_path / name}"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert ("NvInfer.h not found" in done.stderr) == bool(done.returncode) == fails, done.stderr
+
+
+@without_cmake
 def test_cmake_says_what_it_misses(tmp_path, monkeypatch):
     monkeypatch.delenv("TENSORRT_ROOT", raising=False)
     if any((Path(folder) / "NvInfer.h").exists() for folder in plugins._HEADERS):

@@ -172,11 +172,21 @@ def faint(graph: layouts.Graph) -> dict[str, str]:
     return {"output0": padded(graph, (layouts.centred(graph), 4), (scores, 6), width=10)}
 
 
-@pytest.mark.parametrize(("layout", "name"), [(hidden_yolov8, "yolov8"), (hidden_yolov5, "yolov5")])
+def split_yolov5(graph: layouts.Graph) -> dict[str, str]:
+    """As YOLOv5 and v7 have it: xy, wh, and objectness with classes, put together."""
+    boxes, (objectness, classes) = layouts.centred(graph), layouts.shares(graph)
+    rest = padded(graph, (objectness, 1), (classes, 6), width=7)
+    return {"output0": graph.add("Concat", graph.cut(boxes, 0, 2), graph.cut(boxes, 2, 4), rest, axis=2)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [(hidden_yolov8, "yolov8"), (hidden_yolov5, "yolov5"), (split_yolov5, "yolov5")]
+)
 def test_objectness_is_told_by_the_scores_alone(write, data, layout, name):
     found = guess(write(layout), data / "val2017")
     assert (found.variant.source.head.layout, found.variant.classes) == (name, 6)
-    assert sure(found, "source.head.layout") == "likely"
+    assert sure(found, "source.head.layout") == sure(found, "classes") == "likely"
+    assert sure(guess(write(layout), data / "val2017", classes=6), "classes") == "certain"
 
 
 def blind(graph: layouts.Graph) -> dict[str, str]:
@@ -190,7 +200,7 @@ def twice(graph: layouts.Graph) -> dict[str, str]:
 
 
 AMBIGUOUS: dict[str, tuple[Callable, str, dict[str, Any]]] = {
-    "layout": (faint, "give --layout yolov8 or --layout yolov5", {"layout": "yolov8"}),
+    "layout": (faint, ": give --layout yolov8 or --layout yolov5", {"layout": "yolov8"}),
     "range": (blind, "--range 0..1 or --range 0..255", {"range": "0..1", "channels": "rgb"}),
     "output": (twice, "give --output one or --output two", {"output": "two"}),
 }
@@ -203,6 +213,7 @@ def test_what_cannot_be_told_is_asked_for_and_then_taken(write, data, layout, me
         guess(path, data / "val2017")
     assert str(caught.value).startswith(f"{path}: ")
     assert mend in str(caught.value)
+    assert not str(caught.value).endswith("and ")
     assert "\n" not in str(caught.value)
     found = guess(path, data / "val2017", **{"range": "0..1", "channels": "rgb", **asked})
     assert found.variant.classes == 6

@@ -141,6 +141,8 @@ def test_maps_are_told_and_their_anchors_found_in_the_graph_or_by_the_labels(tmp
         assert np.allclose(found.variant.source.head.anchors, pairs)
         assert sure(found, "source.head.anchors") == certainty
         assert found.variant.classes == 6
+    with pytest.raises(AlignError, match="anchors of 1 levels, but strides"):
+        guess(paths[False], labelled / "val2017", anchors=[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], **told)
     with pytest.raises(AlignError, match="--anchors yolov5, yolov7"):
         guess(paths[False], labelled / "val2017", **told)
     given = guess(paths[False], labelled / "val2017", anchors="yolov7", **told)
@@ -233,6 +235,11 @@ def test_the_order_of_channels_is_open_where_a_model_of_no_known_family_sees_no_
     assert guess(path, gray, range="0..1", channels="bgr").variant.preprocess.channels == "bgr"
     family = guess(write(layouts.yolov8, "0..1", "rgb", red_only=False), gray, range="0..1")
     assert (family.variant.preprocess.channels, sure(family, "preprocess.channels")) == ("rgb", "likely")
+
+
+def test_anchors_are_for_maps_alone(write, data):
+    with pytest.raises(AlignError, match="a head of layout yolov8 takes no anchors"):
+        guess(write(layouts.yolov8), data, anchors="yolov5")
 
 
 def relative(graph: layouts.Graph) -> dict[str, str]:

@@ -185,6 +185,14 @@ def checkpoint(text: str) -> Callable:
     return make
 
 
+def written(text: str) -> Callable:
+    def make(folder: Path) -> list[object]:
+        (folder / "config.py").write_text(text)
+        return checkpoint(str(folder / "config.py"))(folder)
+
+    return make
+
+
 YOLOV8 = "yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
 BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "nothing": (lambda _: [], "give --onnx FILE, or --config FILE with --checkpoint FILE"),
@@ -204,6 +212,31 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "an unknown layout": (lambda _: ["--onnx", "a.onnx", "--layout", "yolo99"], "choose from decoded, yolov5"),
     "no size": (lambda _: ["--onnx", "a.onnx", "--size", "big"], "--size big: not a size in pixels"),
     "no anchors": (lambda _: ["--onnx", "a.onnx", "--anchors", "1,two"], "--anchors 1,two: no anchors"),
+    "an empty list of anchors": (lambda _: ["--onnx", "a.onnx", "--anchors", ""], "--anchors : no anchors"),
+    "half an anchor": (lambda _: ["--onnx", "a.onnx", "--anchors", "1,2 3"], "--anchors 1,2 3: no anchors"),
+    "unlike levels": (lambda _: ["--onnx", "a.onnx", "--anchors", "1,2 3,4,5,6"], "3,4,5,6: no anchors"),
+    "endless anchors": (lambda _: ["--onnx", "a.onnx", "--anchors", "1,inf"], "--anchors 1,inf: no anchors"),
+    "no precision": (lambda _: ["--onnx", "a.onnx", "--precision", "fp99"], "--precision fp99: no such precision"),
+    "another output": (
+        lambda folder: [*classifier(folder), "--output", "z"],
+        "no output is named z; its outputs are y",
+    ),
+    "options of a config for a file": (lambda _: ["--onnx", "a.onnx", "--option", "a=1"], "--option is not taken with"),
+    "what a config says": (lambda f: [*checkpoint(YOLOV8)(f), "--range", "0..1"], "--range is not taken with --config"),
+    "an option that is no YAML": (lambda f: [*checkpoint(YOLOV8)(f), "--option", "a=["], "--option a=[: a value that"),
+    "a config without a model": (written("x = 1"), "no attribute 'model': mend the config"),
+    "a model without settings": (
+        lambda f: [*checkpoint(YOLOV8)(f), "--option", "model.test_cfg=null"],
+        "no detector's config: TypeError",
+    ),
+    "a head of another kind": (
+        lambda f: [*checkpoint(YOLOV8)(f), "--option", "model.bbox_head.head_module=3"],
+        "no detector's config: AttributeError",
+    ),
+    "two channels": (
+        lambda f: [*checkpoint(YOLOV8)(f), "--option", "model.data_preprocessor.mean=[1,2]"],
+        f"{YOLOV8}: preprocess.mean.2: Field required",
+    ),
     "no data": (
         lambda folder: [*classifier(folder), "--data", folder / "none"],
         "none: neither pictures nor a dataset",

@@ -16,6 +16,8 @@ import yaml
 from command_line import align, one_line
 from onnx import helper
 
+from alignment.data.coco import CocoDataset
+from alignment.data.pictures import unlabelled_root
 from alignment.errors import AlignError
 from alignment.guess.config import read_config
 from alignment.guess.findings import Asked, Finding, as_fields
@@ -296,6 +298,16 @@ def test_a_published_yolox_is_told_by_its_file_alone(tmp_path):
     ours, truth = load_variant(tmp_path / "fresh.yaml"), load_variant("yolox_nano_onnx")
     assert ours.source.head == truth.source.head
     assert (ours.input, ours.preprocess, ours.classes) == (truth.input, truth.preprocess, truth.classes)
+
+
+def test_a_picture_that_is_replaced_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for sides in ((32, 64), (96, 32)):
+        cv2.imwrite(str(folder / "a.png"), np.zeros((*sides, 3), np.uint8))
+        (image,) = CocoDataset.open(unlabelled_root(folder, 2)).truth["images"]
+        assert (image["height"], image["width"]) == sides
 
 
 def test_an_error_lists_all_that_is_open(tmp_path):

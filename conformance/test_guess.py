@@ -360,8 +360,25 @@ def test_cells_and_boxes_of_every_coding():
         for (unit, form), boxes in written.items():
             found = box_coding(boxes[None], grid, SIZE)
             assert (found.unit, found.format) == (unit, form)
+        crossed = written["pixels", "xyxy"].copy()
+        crossed[::5] = crossed[::5][:, [2, 1, 0, 3]]
+        found = box_coding(crossed[None], grid, SIZE)
+        assert (found.unit, found.format, found.sure) == ("pixels", "xyxy", "likely")
+        assert box_coding(crossed[None], None, SIZE).format == "xyxy"
     noise = rng.normal(size=(1, len(middles), 4)) * 500
     assert box_coding(noise, grid, SIZE).unit == ""
+
+
+def test_a_network_whose_background_boxes_cross_is_read_as_corners(data):
+    """RTMDet's distances to the sides of a box are not held above 0."""
+    variant = load_variant("rtmdet_embedded")
+    path = exported(variant, ExportOptions(17, 1, "decoded")).onnx
+    with OnnxRuntimeRunner(path) as runner:
+        answers = look_at(runner, CocoDataset.open(data).images, variant.input, Asked(), lambda *_: None)
+    boxes = np.concatenate([answer["boxes"] for answer in answers])
+    assert (boxes[..., 2] < boxes[..., 0]).mean() > 0.01
+    found = box_coding(boxes, grid_of(boxes.shape[1], variant.input), variant.input)
+    assert (found.unit, found.format) == ("pixels", "xyxy")
 
 
 def test_objectness_has_company_and_a_class_has_none():

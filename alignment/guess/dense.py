@@ -98,7 +98,7 @@ def _described(look: Look, dense: _Dense) -> HeadFound:
         strides = f"{dense.rows.shape[1]} rows are the cells of these"
         findings.append(Finding("source.head.strides", list(dense.grid.strides), "certain", strides))
     else:
-        findings.append(Finding(FORMAT, dense.coding.format, "certain", dense.coding.evidence))
+        findings.append(Finding(FORMAT, dense.coding.format, dense.coding.sure, dense.coding.evidence))
     if rotated:
         findings.append(Finding("boxes", "rotated", "certain", "an angle in the last column"))
     before = (4 if layout == "yolov8" else 5) + rotated
@@ -196,7 +196,7 @@ def read_pair(look: Look) -> HeadFound | None:
         if name != role
     ]
     if not rotated:
-        findings.append(Finding(FORMAT, coding.format, "certain", coding.evidence))
+        findings.append(Finding(FORMAT, coding.format, coding.sure, coding.evidence))
     findings.append(Finding(ACTIVATION, kind, "certain", said))
     if rotated:
         findings.append(Finding("boxes", "rotated", "certain", f"{boxes} has a fifth column, an angle in radians"))

@@ -21,6 +21,7 @@ from alignment.commands.console import (
     Policy,
     VariantName,
     kept_float,
+    names_in,
     out,
     print_table,
     recipe_changes,
@@ -102,7 +103,7 @@ def ladder(
 
 
 def _backends(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    names = names_in(text)
     if wrong := [name for name in names if name not in BACKENDS]:
         raise AlignError(f"--backend {wrong[0]}: no such backend", f"choose from {', '.join(BACKENDS)}")
     if not names:

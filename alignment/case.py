@@ -40,6 +40,15 @@ class Case:
         )
 
 
+def require_known(kind: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raises AlignError for names of a backend, precision or route (`kind`) that do not exist, and for none."""
+    if not given:
+        raise AlignError(f"--{kind}: names no {kind}", f"choose from {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            raise AlignError(f"--{kind} {name}: no such {kind}", f"choose from {', '.join(known)}")
+
+
 def cases_of(
     variant: Variant, backends: tuple[str, ...], precisions: tuple[str, ...], routes: tuple[str, ...] = ROUTES
 ) -> list[Case]:
@@ -57,11 +66,7 @@ def cases_of(
         ("route", routes, ROUTES),
     )
     for kind, given, known in asked:
-        if not given:
-            raise AlignError(f"--{kind}: names no {kind}", f"choose from {', '.join(known)}")
-        for name in given:
-            if name not in known:
-                raise AlignError(f"--{kind} {name}: no such {kind}", f"choose from {', '.join(known)}")
+        require_known(kind, given, known)
     return [
         Case(variant.name, backend, precision, route)
         for backend in BACKENDS

@@ -1,5 +1,5 @@
-"""``align``: run, new, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers, explain,
-inspect, variants, doctor, schema, synthetic.
+"""``align``: run, new, report, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers,
+explain, inspect, variants, doctor, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -23,6 +23,7 @@ from alignment.commands.console import (
     Images,
     Size,
     VariantName,
+    names_in,
     out,
     print_table,
     progress_bar,
@@ -40,6 +41,7 @@ from alignment.commands.new import new
 from alignment.commands.partial import partial
 from alignment.commands.qat import qat
 from alignment.commands.quantize import quantize
+from alignment.commands.report import report
 from alignment.commands.sensitivity import sensitivity
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
@@ -80,7 +82,7 @@ def run(
     require_folders({"--out": out_dir, "--records": records, "--golden": golden if update_golden else None})
     folder = golden or golden_dir()
     chosen = [sized(v, size) for v in (map(load_variant, variants) if variants else embedded())]
-    plan = [(v, cases_of(v, _split(backend), _split(precision), _split(route))) for v in chosen]
+    plan = [(v, cases_of(v, names_in(backend), names_in(precision), names_in(route))) for v in chosen]
     if not any(cases for _, cases in plan):
         what = f"--backend {backend} --precision {precision} --route {route}: no such case"
         raise AlignError(what, session.NO_CASE_MEND)
@@ -225,6 +227,7 @@ app.command()(reported(explain))
 app.command()(reported(inspect))
 app.command()(reported(gate))
 app.command()(reported(new))
+app.command()(reported(report))
 
 
 @app.command()
@@ -279,10 +282,6 @@ def synthetic() -> None:
 def embedded() -> list[Variant]:
     """The variants that need nothing beyond the repository."""
     return [v for v in map(load_variant, zoo()) if v.embedded]
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _print_results(alignment: Alignment) -> None:

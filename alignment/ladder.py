@@ -63,6 +63,25 @@ class Step:
         return Case(self.variant.name, backend, *(("int8", "qdq") if self.int8 else ("fp32", None)))  # type: ignore[arg-type]
 
 
+def trained_from(path: Path, start: Variant) -> tuple[Path, Variant]:
+    """A variant that was trained from another, and its YAML file.
+
+    Args:
+        path: that file, or the folder of it.
+        start: the other.
+
+    Raises:
+        AlignError: for another network, or one that was not trained.
+    """
+    path = own_yaml(path, start.name) if path.is_dir() else path
+    own = load_variant(path)
+    if own.fingerprint() != start.fingerprint() or file_digest(own.weights) != file_digest(start.weights):
+        raise AlignError(f"{path}: another network than {start.name}", "give what `align qat` made of this variant")
+    if own.quantization.trained is None:
+        raise AlignError(f"{path}: not trained", "give the NAME_qat.yaml that `align qat` wrote")
+    return path, own
+
+
 def trained_step(path: Path, start: Variant, partial: Variant | None) -> Step:
     """The rung of a trained variant.
 
@@ -74,12 +93,7 @@ def trained_step(path: Path, start: Variant, partial: Variant | None) -> Step:
     Raises:
         AlignError: for another network, or another recipe.
     """
-    path = own_yaml(path, start.name) if path.is_dir() else path
-    own = load_variant(path)
-    if own.fingerprint() != start.fingerprint() or file_digest(own.weights) != file_digest(start.weights):
-        raise AlignError(f"{path}: another network than {start.name}", "give what `align qat` made of this variant")
-    if own.quantization.trained is None:
-        raise AlignError(f"{path}: not trained", "give the NAME_qat.yaml that `align qat` wrote")
+    path, own = trained_from(path, start)
     ours, theirs = (variant.quantization.model_dump(exclude=BESIDE) for variant in (start, own))
     for field, value in theirs.items():
         if value != ours[field]:

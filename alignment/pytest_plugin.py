@@ -143,10 +143,13 @@ class Store:
         self.update_reason: str | None = option.update_golden
         self.alignment = session.new_alignment(shlex.join(["pytest", *sys.argv[1:]]))
         self._results: dict[str, dict[str, CaseResult]] = {}
-        self._errors: dict[str, AlignError] = {}
+        self._errors: dict[str, Exception] = {}
 
     def result(self, variant: Variant, case: Case, cases: list[Case]) -> CaseResult:
-        """The result of `case`; runs all `cases` of its variant the first time.  Raises AlignError again each time."""
+        """The result of `case`; runs all `cases` of its variant the first time.
+
+        An error fails all of them in the report, and is raised again each time.
+        """
         from alignment import session
         from alignment.golden import update
 
@@ -155,8 +158,12 @@ class Store:
         if variant.name not in self._results:
             try:
                 results, seconds, dataset = session.run_cases(variant, cases, self.options)
-            except AlignError as error:
+            except Exception as error:
                 self._errors[variant.name] = error
+                reason = str(error) if isinstance(error, AlignError) else f"{type(error).__name__}: {error}"
+                self.alignment.cases += [
+                    CaseResult(case=one.result_id(), status="fail", reason=" ".join(reason.split())) for one in cases
+                ]
                 raise
             session.add_results(self.alignment, variant, results, seconds, dataset)
             self._results[variant.name] = {r.case.id: r for r in results}

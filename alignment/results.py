@@ -193,12 +193,13 @@ class CaseResult(_Model):
 
     `first_difference` is the first stage that fails; `wrong_side` says which side is further from float64 than its
     own arithmetic explains; `reason` is one line for people.  `signature` is of the variant's FP32 graph, and comes
-    with one case of it.
+    with one case of it.  `command` runs this case alone, on the same images.
     """
 
     case: CaseId
     status: Literal["pass", "fail", "skip"]
     reason: str
+    command: str = ""
     reference: str | None = None
     first_difference: StageName | None = None
     wrong_side: Literal["subject", "reference", "neither", "unknown"] | None = None

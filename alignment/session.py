@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from alignment.errors import QUANTIZATION_MEND, AlignError
 from alignment.pipeline import RunOptions, align_live, explain_tf32, skipped
 from alignment.replay import has_record, replay
 from alignment.results import Alignment, CaseResult
-from alignment.variant import Variant
+from alignment.variant import Variant, golden_dir
 
 #: What helps where a backend, precision and route are no case of a variant.
 NO_CASE_MEND = (
@@ -71,6 +72,8 @@ def run_cases(
     for case in recorded:
         results[case] = replay(variant, case, golden, samples)
     ordered = [results[case] for case in cases]
+    for case, result in zip(cases, ordered, strict=True):
+        result.command = command(variant, case, options)
     if recorded:
         explain_tf32([results[case] for case in recorded])
     dataset = {}
@@ -94,6 +97,18 @@ def _lacks(variant: Variant, case: Case, options: SessionOptions) -> str | None:
     if annotations is not None and not annotations.is_file():
         return f"{annotations}: no such file: int8 is calibrated on the training images, put them there"
     return None
+
+
+def command(variant: Variant, case: Case, options: SessionOptions) -> str:
+    """The `align run` of this case alone, with the same images and the same batch."""
+    words = [f"align run {variant.arguments} --backend {case.backend} --precision {case.precision}"]
+    words += [f"--route {case.route}"] if case.route else []
+    words += [f"--data {shlex.quote(str(options.data))}"] if options.data else []
+    words += [f"--images {options.images}"] if options.images else []
+    words += [f"--batch {options.run.batch}"] if options.run.batch > 1 else []
+    if options.run.golden.resolve() != golden_dir().resolve():
+        words.append(f"--golden {shlex.quote(str(options.run.golden))}")
+    return " ".join(words)
 
 
 def unavailable(variant: Variant, data: Path | None) -> str | None:

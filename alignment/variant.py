@@ -272,13 +272,27 @@ def load_variant(name: str | Path) -> Variant:
         raise AlignError(f"{path}: not YAML: {' '.join(str(error).split())}", "mend the file") from None
     if not isinstance(fields, dict):
         raise AlignError(f"{path}: holds no fields", f"see {ZOO / 'yolov8_embedded.yaml'} for an example")
-    try:
-        variant = Variant.model_validate(fields, context={"folder": path.parent})
-    except ValidationError as error:
-        raise AlignError(f"{path}: {_first(error)}", "mend that field") from None
+    variant = variant_of(fields, path, path.parent)
     if path.parent != ZOO:
         variant._arguments = shlex.quote(str(path))
     return variant
+
+
+def variant_of(fields: dict[str, Any], origin: Path | str, folder: Path | None = None) -> Variant:
+    """The variant that fields describe.
+
+    Args:
+        fields: as the YAML has them.
+        origin: where they come from, for errors.
+        folder: that relative paths start from.
+
+    Raises:
+        AlignError: naming origin, field and allowed values.
+    """
+    try:
+        return Variant.model_validate(fields, context={"folder": folder} if folder else None)
+    except ValidationError as error:
+        raise AlignError(f"{origin}: {_first(error)}", "mend that field") from None
 
 
 def resized(variant: Variant, height: int, width: int) -> Variant:

@@ -179,6 +179,72 @@ def test_gitlab_jobs_are_in_stages_and_need_earlier_ones():
             assert GITLAB["stages"].index(jobs[needed]["stage"]) < GITLAB["stages"].index(job["stage"])
 
 
+def test_a_replay_that_failed_fails_the_job_though_the_gate_passes():
+    replay = next(step for step in GITHUB["jobs"]["gate"]["steps"] if step.get("run") == "ci/replay.sh")
+    counted = [step for step in steps() if step.get("if") == f"steps.{replay['id']}.outcome == 'failure'"]
+    assert [step["run"].endswith("exit 1") for step in counted] == [True]
+    for replayed, gated in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        functions = {"pip": 0, "ci/replay.sh": replayed, "ci/baseline_gitlab.sh": 0, "ci/gate.sh": gated}
+        stubs = "".join(f"{name}() {{ return {status}; }}\n" for name, status in functions.items())
+        text = "\n".join([stubs, "set -e", *GITLAB["gate"]["script"]])
+        assert subprocess.run(["bash", "-c", text], check=False).returncode == max(replayed, gated)
+
+
+def baseline(folder: Path, script: str, program: str, answers: str) -> tuple[int, str, bool]:
+    """A script of ``ci/`` in a folder of its own with `program` replaced: status, stdout, whether it got a report."""
+    (folder / "ci").mkdir()
+    (folder / "bin").mkdir()
+    (folder / "ci" / script).write_text((ROOT / "ci" / script).read_text())
+    stub = folder / "bin" / program
+    stub.write_text(f"#!/usr/bin/env bash\n{answers}\n")
+    stub.chmod(0o755)
+    given = {"GITHUB_REF_NAME": "v2.0", "CI_COMMIT_SHA": "HEAD", "CI_JOB_TOKEN": "t", "CI_API_V4_URL": "u"}
+    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CI_PROJECT_ID": "1", "HOME": str(folder), **given}
+    command = ["bash", str(folder / "ci" / script)]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    return done.returncode, done.stdout.strip(), (folder / "baseline" / "alignment.json").is_file()
+
+
+GET = 'download) [ "$3" = v1.0 ] || exit 9; mkdir -p baseline; echo > baseline/alignment.json;;'
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        ("list) printf 'v2.0\\nv1.0\\n';; view) echo alignment.json;;", (0, "", True)),
+        ("list) printf 'v2x0\\nv1.0\\n';; view) echo alignment.json;;", (9, "", False)),
+        ("list) printf 'v1.0\\n';; view) echo report.html;;", (0, "release v1.0 has no report", False)),
+        ("list) echo v2.0;;", (0, "there is no release yet", False)),
+        ("list) ;;", (0, "there is no release yet", False)),
+        ("list) exit 4;;", (4, "", False)),
+        ("list) echo v1.0;; view) exit 4;;", (4, "", False)),
+    ],
+)
+def test_github_gives_a_baseline_or_says_that_there_is_none_and_no_answer_is_a_failure(tmp_path, answers, found):
+    assert baseline(tmp_path, "baseline_github.sh", "gh", f'case "$2" in {answers} {GET} esac') == found
+
+
+@pytest.mark.parametrize(
+    ("tags", "curl", "found"),
+    [
+        (["v1.0"], "echo > baseline/alignment.json; printf 200", (0, "", True)),
+        (["v1.0"], "echo > baseline/alignment.json; printf 404", (0, "report of v1.0: HTTP 404", False)),
+        (["v1.0"], "echo > baseline/alignment.json; printf 500", (1, "report of v1.0: HTTP 500", False)),
+        (["v1.0"], "printf 000; exit 6", (6, "", False)),
+        ([], "exit 9", (0, "there is no tag yet", False)),
+    ],
+)
+def test_gitlab_gives_a_baseline_or_says_that_there_is_none_and_no_answer_is_a_failure(tmp_path, tags, curl, found):
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e")
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    for name in ("first", "second"):
+        subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", name], check=True)
+        for tag in tags if name == "first" else ():
+            subprocess.run([*git, "tag", tag], check=True)
+    assert baseline(tmp_path, "baseline_gitlab.sh", "curl", curl) == found
+    assert GITLAB["gate"]["variables"]["GIT_DEPTH"] == "0"
+
+
 @pytest.mark.parametrize(("records", "gate"), [(GITHUB["jobs"]["records"], GITHUB["jobs"]["gate"])])
 def test_records_are_made_on_a_gpu_and_gated_without_one_and_no_fork_runs_there(records: dict, gate: dict):
     assert "gpu" in records["runs-on"]

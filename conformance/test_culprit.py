@@ -354,6 +354,7 @@ def test_a_bad_file_and_the_clean_one(bad_file, tmp_path):
 REFUSED = {
     "not KIND:NODE": ["--backend", "simulated", "--fault", "scale"],
     "TensorRT has faults of its own": ["--fault", "scale:a"],
+    "--fault clip:absent: no node of this name reads int8": ["--backend", "simulated", "--fault", "clip:absent"],
     "no such file": ["--backend", "simulated", "--qdq", "absent.onnx"],
 }
 

@@ -21,6 +21,8 @@ from alignment.results import (
     Check,
     EngineFacts,
     Explanation,
+    GraphSignature,
+    LayerSignature,
     Scores,
     StageResult,
     Timing,
@@ -124,8 +126,9 @@ def test_a_later_rule_has_the_last_word_by_its_pattern_and_null_lifts_a_limit():
 
 
 def test_a_rule_that_fits_no_case_is_said():
-    result = judged(run(case(ORT)), rules=[{"variant": "yolov9*", "max_delta_ap": 1}])
-    assert "a rule of the policy fits no case of the run: variant: yolov9*" in result.notes
+    rules = [{"variant": "yolov9*", "max_delta_ap": 1}, {"precision": "fp23", "max_delta_ap": 0}]
+    said = [note for note in judged(run(case(ORT)), rules=rules).notes if "fits no case" in note]
+    assert [note.partition("of the run: ")[2] for note in said] == ["variant: yolov9*", "precision: fp23"]
 
 
 def test_a_regression_stops_though_golden_values_hold():
@@ -186,10 +189,67 @@ def test_runs_on_other_images_cannot_be_compared_and_that_stops():
 
 def test_an_ap_of_images_without_truth_is_none_and_that_is_said():
     blind = Scores(reference_ap=-1, subject_ap=-1, subject_ap50=-1)
-    result = judged(run(case(TRT, scores=blind)), run(case(TRT)))
+    result = judged(run(case(TRT, scores=blind)), run(case(TRT, scores=blind)))
     assert stopping(result) == []
     assert (result.cases[0].now.ap, result.cases[0].now.delta_ap) == (None, None)
     assert any("max_delta_ap not applied" in finding.what for finding in result.findings)
+
+
+@pytest.mark.parametrize(
+    ("lost", "what"),
+    [
+        (case(TRT, scores=None), "AP 0.5000 -> unknown"),
+        (case(TRT, scores=Scores(reference_ap=-1, subject_ap=-1, subject_ap50=-1)), "AP 0.5000 -> unknown"),
+        (case(TRT, stages=[]), "agreement 1.0000 -> unknown"),
+        (case(INT8, scores=Scores(reference_ap=0.5, subject_ap=0.5, subject_ap50=0.7)), "agreement_ap 1.0000 -> unkn"),
+    ],
+)
+def test_a_rate_that_only_the_baseline_has_is_lost(lost: CaseResult, what: str):
+    result = judged(run(lost), run(case(lost.case.id)))
+    assert stopping(result) == [("regression", lost.case.id)]
+    assert result.stopping[0].what.startswith(what)
+    assert stopping(judged(run(case(lost.case.id)), run(lost))) == []
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [case(TRT, ap=NAN), case(TRT, agreement=NAN), case(INT8, agreement=NAN), case(TRT, **timed(NAN))],
+    ids=["ap", "agreement", "agreement_ap", "latency"],
+)
+def test_nan_keeps_no_limit(broken: CaseResult):
+    before = case(broken.case.id, **(timed(1.0) if broken.timing else {}))
+    assert ("regression", broken.case.id) in stopping(judged(run(broken), run(before)))
+    if not broken.timing:
+        assert stopping(judged(run(broken))) == [("policy", broken.case.id)]
+
+
+def test_a_latency_of_nothing_is_none():
+    result = judged(run(case(TRT, **timed(1.0))), run(case(TRT, **timed(0.0))))
+    assert stopping(result) == []
+    assert any("the baseline has no latency" in finding.what for finding in result.findings)
+
+
+def signature(output: float, image: int = 1) -> GraphSignature:
+    layer = LayerSignature(node="/conv/Conv", op="Conv", weights=[1.0], output=[output, output])
+    return GraphSignature(image_id=image, input_digest="d", layers=[layer])
+
+
+def test_where_layers_have_to_be_the_same_those_that_change_or_cannot_be_compared_stop():
+    before = run(case(ORT, signature=signature(1)))
+    same, other = run(case(ORT, signature=signature(1))), run(case(ORT, signature=signature(2)))
+    assert stopping(judged(same, before, layers="stop")) == []
+    (finding,) = judged(other, before, layers="stop").stopping
+    assert (finding.kind, finding.case, finding.stage, finding.layer) == ("regression", ORT, "raw", "/conv/Conv (Conv)")
+    assert stopping(judged(other, before)) == []
+    unlike = {"this run has no signature": run(case(ORT)), "image 2": run(case(ORT, signature=signature(1, image=2)))}
+    for why, blind in unlike.items():
+        assert why in judged(blind, before, layers="stop").stopping[0].what
+        allowed = judged(blind, before)
+        assert stopping(allowed) == []
+        assert any(why in note for note in allowed.notes)
 
 
 def test_latency_is_held_where_both_were_taken_in_one_place():
@@ -236,6 +296,9 @@ def test_a_difference_without_a_cause_stops():
     assert stopping(judged(explained(1))) == [("policy", "v-efficient_nms")]
     assert stopping(judged(explained(0, wrong=2))) == [("policy", "v-efficient_nms")]
     assert stopping(judged(explained(1), rules=[{"variant": "v", "max_unexplained": 1}])) == []
+    assert stopping(judged(run(case(ORT)), explained(0))) == [("missing", "v-efficient_nms")]
+    assert stopping(judged(run(case(ORT)), explained(0), missing="allow")) == []
+    assert to_markdown(judged(explained(1))).startswith("## Release gate stopped: 1 finding\n")
 
 
 def test_changes_come_in_the_order_of_cause_and_effect_and_a_regression_names_the_first():
@@ -330,6 +393,29 @@ def test_several_runs_are_gated_as_one(folder: Path, tmp_path: Path):
     write_run(run(case(ORT), case(TRT)), tmp_path / "before")
     assert align("gate", folder, "--baseline", tmp_path / "before").exit_code == 1
     assert align("gate", folder, tmp_path / "other", "--baseline", tmp_path / "before").exit_code == 0
+    write_run(run(case(TRT, status="skip")), tmp_path / "skipped")
+    several = (folder, tmp_path / "other", tmp_path / "skipped")
+    assert align("gate", *several, "--baseline", tmp_path / "before").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (run(case(ORT, status="fail")), run(case(ORT)), f"case {ORT} is in "),
+        (
+            run(case(ORT), dataset={"v": {"fingerprint": "a"}}),
+            run(case(TRT), dataset={"v": {"fingerprint": "b"}}),
+            "v was run on images b, in ",
+        ),
+    ],
+    ids=["case", "images"],
+)
+def test_of_several_runs_none_hides_what_another_found(tmp_path: Path, first: Alignment, second: Alignment, said: str):
+    write_run(first, tmp_path / "first")
+    write_run(second, tmp_path / "second")
+    done = align("gate", tmp_path / "first", tmp_path / "second")
+    assert done.exit_code == 2
+    assert said in one_line(done.stderr)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ def test_maps_are_told_and_their_anchors_found_in_the_graph_or_by_the_labels(tmp
         assert np.allclose(found.variant.source.head.anchors, pairs)
         assert sure(found, "source.head.anchors") == certainty
         assert found.variant.classes == 6
+    with pytest.raises(AlignError, match="anchors of 1 levels, but strides"):
+        guess(paths[False], labelled / "val2017", anchors=[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], **told)
     with pytest.raises(AlignError, match="--anchors yolov5, yolov7"):
         guess(paths[False], labelled / "val2017", **told)
     given = guess(paths[False], labelled / "val2017", anchors="yolov7", **told)
@@ -172,11 +174,21 @@ def faint(graph: layouts.Graph) -> dict[str, str]:
     return {"output0": padded(graph, (layouts.centred(graph), 4), (scores, 6), width=10)}
 
 
-@pytest.mark.parametrize(("layout", "name"), [(hidden_yolov8, "yolov8"), (hidden_yolov5, "yolov5")])
+def split_yolov5(graph: layouts.Graph) -> dict[str, str]:
+    """As YOLOv5 and v7 have it: xy, wh, and objectness with classes, put together."""
+    boxes, (objectness, classes) = layouts.centred(graph), layouts.shares(graph)
+    rest = padded(graph, (objectness, 1), (classes, 6), width=7)
+    return {"output0": graph.add("Concat", graph.cut(boxes, 0, 2), graph.cut(boxes, 2, 4), rest, axis=2)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [(hidden_yolov8, "yolov8"), (hidden_yolov5, "yolov5"), (split_yolov5, "yolov5")]
+)
 def test_objectness_is_told_by_the_scores_alone(write, data, layout, name):
     found = guess(write(layout), data / "val2017")
     assert (found.variant.source.head.layout, found.variant.classes) == (name, 6)
-    assert sure(found, "source.head.layout") == "likely"
+    assert sure(found, "source.head.layout") == sure(found, "classes") == "likely"
+    assert sure(guess(write(layout), data / "val2017", classes=6), "classes") == "certain"
 
 
 def blind(graph: layouts.Graph) -> dict[str, str]:
@@ -190,7 +202,7 @@ def twice(graph: layouts.Graph) -> dict[str, str]:
 
 
 AMBIGUOUS: dict[str, tuple[Callable, str, dict[str, Any]]] = {
-    "layout": (faint, "give --layout yolov8 or --layout yolov5", {"layout": "yolov8"}),
+    "layout": (faint, ": give --layout yolov8 or --layout yolov5", {"layout": "yolov8"}),
     "range": (blind, "--range 0..1 or --range 0..255", {"range": "0..1", "channels": "rgb"}),
     "output": (twice, "give --output one or --output two", {"output": "two"}),
 }
@@ -203,6 +215,7 @@ def test_what_cannot_be_told_is_asked_for_and_then_taken(write, data, layout, me
         guess(path, data / "val2017")
     assert str(caught.value).startswith(f"{path}: ")
     assert mend in str(caught.value)
+    assert not str(caught.value).endswith("and ")
     assert "\n" not in str(caught.value)
     found = guess(path, data / "val2017", **{"range": "0..1", "channels": "rgb", **asked})
     assert found.variant.classes == 6
@@ -222,6 +235,11 @@ def test_the_order_of_channels_is_open_where_a_model_of_no_known_family_sees_no_
     assert guess(path, gray, range="0..1", channels="bgr").variant.preprocess.channels == "bgr"
     family = guess(write(layouts.yolov8, "0..1", "rgb", red_only=False), gray, range="0..1")
     assert (family.variant.preprocess.channels, sure(family, "preprocess.channels")) == ("rgb", "likely")
+
+
+def test_anchors_are_for_maps_alone(write, data):
+    with pytest.raises(AlignError, match="a head of layout yolov8 takes no anchors"):
+        guess(write(layouts.yolov8), data, anchors="yolov5")
 
 
 def relative(graph: layouts.Graph) -> dict[str, str]:
@@ -342,8 +360,25 @@ def test_cells_and_boxes_of_every_coding():
         for (unit, form), boxes in written.items():
             found = box_coding(boxes[None], grid, SIZE)
             assert (found.unit, found.format) == (unit, form)
+        crossed = written["pixels", "xyxy"].copy()
+        crossed[::5] = crossed[::5][:, [2, 1, 0, 3]]
+        found = box_coding(crossed[None], grid, SIZE)
+        assert (found.unit, found.format, found.sure) == ("pixels", "xyxy", "likely")
+        assert box_coding(crossed[None], None, SIZE).format == "xyxy"
     noise = rng.normal(size=(1, len(middles), 4)) * 500
     assert box_coding(noise, grid, SIZE).unit == ""
+
+
+def test_a_network_whose_background_boxes_cross_is_read_as_corners(data):
+    """RTMDet's distances to the sides of a box are not held above 0."""
+    variant = load_variant("rtmdet_embedded")
+    path = exported(variant, ExportOptions(17, 1, "decoded")).onnx
+    with OnnxRuntimeRunner(path) as runner:
+        answers = look_at(runner, CocoDataset.open(data).images, variant.input, Asked(), lambda *_: None)
+    boxes = np.concatenate([answer["boxes"] for answer in answers])
+    assert (boxes[..., 2] < boxes[..., 0]).mean() > 0.01
+    found = box_coding(boxes, grid_of(boxes.shape[1], variant.input), variant.input)
+    assert (found.unit, found.format) == ("pixels", "xyxy")
 
 
 def test_objectness_has_company_and_a_class_has_none():

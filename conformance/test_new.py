@@ -16,6 +16,8 @@ import yaml
 from command_line import align, one_line
 from onnx import helper
 
+from alignment.data.coco import CocoDataset
+from alignment.data.pictures import unlabelled_root
 from alignment.errors import AlignError
 from alignment.guess.config import read_config
 from alignment.guess.findings import Asked, Finding, as_fields
@@ -185,6 +187,14 @@ def checkpoint(text: str) -> Callable:
     return make
 
 
+def written(text: str) -> Callable:
+    def make(folder: Path) -> list[object]:
+        (folder / "config.py").write_text(text)
+        return checkpoint(str(folder / "config.py"))(folder)
+
+    return make
+
+
 YOLOV8 = "yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
 BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "nothing": (lambda _: [], "give --onnx FILE, or --config FILE with --checkpoint FILE"),
@@ -204,6 +214,31 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "an unknown layout": (lambda _: ["--onnx", "a.onnx", "--layout", "yolo99"], "choose from decoded, yolov5"),
     "no size": (lambda _: ["--onnx", "a.onnx", "--size", "big"], "--size big: not a size in pixels"),
     "no anchors": (lambda _: ["--onnx", "a.onnx", "--anchors", "1,two"], "--anchors 1,two: no anchors"),
+    "an empty list of anchors": (lambda _: ["--onnx", "a.onnx", "--anchors", ""], "--anchors : no anchors"),
+    "half an anchor": (lambda _: ["--onnx", "a.onnx", "--anchors", "1,2 3"], "--anchors 1,2 3: no anchors"),
+    "unlike levels": (lambda _: ["--onnx", "a.onnx", "--anchors", "1,2 3,4,5,6"], "3,4,5,6: no anchors"),
+    "endless anchors": (lambda _: ["--onnx", "a.onnx", "--anchors", "1,inf"], "--anchors 1,inf: no anchors"),
+    "no precision": (lambda _: ["--onnx", "a.onnx", "--precision", "fp99"], "--precision fp99: no such precision"),
+    "another output": (
+        lambda folder: [*classifier(folder), "--output", "z"],
+        "no output is named z; its outputs are y",
+    ),
+    "options of a config for a file": (lambda _: ["--onnx", "a.onnx", "--option", "a=1"], "--option is not taken with"),
+    "what a config says": (lambda f: [*checkpoint(YOLOV8)(f), "--range", "0..1"], "--range is not taken with --config"),
+    "an option that is no YAML": (lambda f: [*checkpoint(YOLOV8)(f), "--option", "a=["], "--option a=[: a value that"),
+    "a config without a model": (written("x = 1"), "no attribute 'model': mend the config"),
+    "a model without settings": (
+        lambda f: [*checkpoint(YOLOV8)(f), "--option", "model.test_cfg=null"],
+        "no detector's config: TypeError",
+    ),
+    "a head of another kind": (
+        lambda f: [*checkpoint(YOLOV8)(f), "--option", "model.bbox_head.head_module=3"],
+        "no detector's config: AttributeError",
+    ),
+    "two channels": (
+        lambda f: [*checkpoint(YOLOV8)(f), "--option", "model.data_preprocessor.mean=[1,2]"],
+        f"{YOLOV8}: preprocess.mean.2: Field required",
+    ),
     "no data": (
         lambda folder: [*classifier(folder), "--data", folder / "none"],
         "none: neither pictures nor a dataset",
@@ -263,6 +298,16 @@ def test_a_published_yolox_is_told_by_its_file_alone(tmp_path):
     ours, truth = load_variant(tmp_path / "fresh.yaml"), load_variant("yolox_nano_onnx")
     assert ours.source.head == truth.source.head
     assert (ours.input, ours.preprocess, ours.classes) == (truth.input, truth.preprocess, truth.classes)
+
+
+def test_a_picture_that_is_replaced_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for sides in ((32, 64), (96, 32)):
+        cv2.imwrite(str(folder / "a.png"), np.zeros((*sides, 3), np.uint8))
+        (image,) = CocoDataset.open(unlabelled_root(folder, 2)).truth["images"]
+        assert (image["height"], image["width"]) == sides
 
 
 def test_an_error_lists_all_that_is_open(tmp_path):

@@ -24,7 +24,8 @@ from alignment.export.onnx_export import file_digest
 from alignment.quantize import scoring
 from alignment.quantize.candidates import Candidates
 from alignment.quantize.keep_float import adopted, read_keep_float, write_keep_float
-from alignment.quantize.partial import Goal, Point, budget, frontier, partial
+from alignment.quantize.partial import Goal, Point, budget, partial
+from alignment.quantize.partial_result import PartialResult, frontier
 from alignment.quantize.ranking import rank_correlations, spearman
 from alignment.quantize.scoring import Score, Scorer
 from alignment.quantize.search import Kept, Search, worth
@@ -551,6 +552,10 @@ class TestCommand:
         assert {entry["node"] for entry in kept} == set(report["chosen"]["kept"])
         assert all(entry["reason"].startswith("rank ") for entry in kept)
         assert report["chosen"] in report["points"]
+        read = PartialResult.load(tmp_path / "a" / "partial.json")
+        assert {name: read.model_dump(mode="json")[name] for name in report if name != "graph_sha256"} == {
+            name: value for name, value in report.items() if name != "graph_sha256"
+        }
         taken = next(line for line in runs[0].stdout.splitlines() if line.startswith("it is taken by: align quantize"))
         again = align("quantize", *taken.split()[6:-1], tmp_path / "q")
         assert again.exit_code == 0, again.output

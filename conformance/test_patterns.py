@@ -130,6 +130,16 @@ def test_a_clipped_range():
     assert "19" in found[0].evidence
 
 
+def test_an_activation_with_a_scale_for_each_channel():
+    """As no calibration here makes them, but a file may have them."""
+    model = unlike_inputs()
+    for scale in [one for one in model.graph.initializer if one.name in ("a_scale", "x_scale")]:
+        scale.CopyFrom(numpy_helper.from_array(np.linspace(0.1, 0.2, 32, dtype=np.float32), scale.name))
+    reach = np.float32(0.2) * 127
+    found = find_patterns(QdqGraph(model), ranges={"a": 1.9 * reach, "x": 3 * reach})
+    assert [(one.pattern, one.node) for one in found] == [("clipped range", "c")]
+
+
 def test_every_pattern_has_a_graph():
     assert {case.pattern for case in CASES} | {"clipped range"} == set(PATTERNS)
 

@@ -151,6 +151,31 @@ def test_the_version_of_headers(text, version, tmp_path):
     assert plugins.headers_version(tmp_path) == version
 
 
+@pytest.mark.parametrize("version", ["8.6.1", "10.16.0"])
+def test_headers_of_another_tensorrt_are_not_loaded_into_it(version, monkeypatch, tmp_path):
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    monkeypatch.setattr(Capabilities, "current", lambda: Capabilities.of("10.3.0"))
+    monkeypatch.setattr(plugins, "build_plugin", lambda: tmp_path / "built")
+    monkeypatch.setattr(plugins, "_loaded", lambda path: path)
+    (tmp_path / "NvInfer.h").touch()
+    with pytest.raises(AlignError, match=rf"^{tmp_path}/NvInferVersion.h: No such file or directory: copy all of"):
+        plugins.load_plugin()
+    parts = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+    (tmp_path / "NvInferVersion.h").write_text("".join(f"#define NV_TENSORRT_{k} {v}\n" for k, v in parts))
+    if version == "8.6.1":
+        with pytest.raises(AlignError, match=r"headers of TensorRT 8\.6\.1, but 10\.3\.0 is installed: set TENSORRT_"):
+            plugins.load_plugin()
+    else:
+        assert plugins.load_plugin().name == "built"
+
+
+def test_a_compiler_that_does_not_run_gives_one_line(monkeypatch, tmp_path):
+    (tmp_path / "nvcc").write_text("no program")
+    monkeypatch.setattr(plugins, "nvccs", lambda: iter([tmp_path / "nvcc"]))
+    with pytest.raises(AlignError, match=rf"^{tmp_path}/nvcc: Permission denied: name a compiler that runs"):
+        plugins.build_kernels()
+
+
 def test_headers_that_are_too_old_are_named(nvcc, monkeypatch, tmp_path):
     monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
     monkeypatch.setattr(plugins, "PLUGIN_SOURCES", ("plugin/plugin.cpp",))
@@ -174,7 +199,25 @@ def test_sources_that_do_not_compile_give_one_line_and_leave_nothing(monkeypatch
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "nvcc", "ninja"))), reason="no cmake, ninja or nvcc")
+without_cmake = pytest.mark.skipif(
+    not all(map(shutil.which, ("cmake", "nvcc", "ninja"))), reason="no cmake, ninja or nvcc"
+)
+
+
+@without_cmake
+def test_cmake_takes_the_headers_of_the_folder_that_is_named(tmp_path):
+    """Not those of the system, nor those of an earlier call."""
+    (tmp_path / "with" / "include").mkdir(parents=True)
+    (tmp_path / "with" / "include" / "NvInfer.h").touch()
+    (tmp_path / "without").mkdir()
+    command = ["cmake", "-S", plugins.source_dir(), "-B", tmp_path / "b", "-G", "Ninja"]
+    for name, fails in [("with", False), ("without", True)]:
+        options = ["-DCMAKE_CUDA_ARCHITECTURES=90", f"-DTENSORRT_ROOT={tmp_path / name}"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert ("NvInfer.h not found" in done.stderr) == bool(done.returncode) == fails, done.stderr
+
+
+@without_cmake
 def test_cmake_says_what_it_misses(tmp_path, monkeypatch):
     monkeypatch.delenv("TENSORRT_ROOT", raising=False)
     if any((Path(folder) / "NvInfer.h").exists() for folder in plugins._HEADERS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +24,12 @@ from alignment.export.onnx_export import ExportOptions, exported
 from alignment.export.plugin_nms import before_plugin, plugin_in, plugin_of
 from alignment.models.outputs import detections_of, to_outputs
 from alignment.nms.multiclass import Detections
+from alignment.nms.plugins import ROTATED, UPRIGHT
 from alignment.pipeline import RunOptions, align_live
 from alignment.results import CaseResult
+from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.runners.open import open_runner
+from alignment.runners.plugin_nms import PluginNmsRunner
 from alignment.variant import ZOO, Nms, Variant, load_variant
 
 pytest.importorskip("mmyolo")
@@ -165,9 +169,6 @@ def small(**changes: object) -> onnx.ModelProto:
 
 
 def test_coding_activation_and_padding(tmp_path):
-    from alignment.runners.onnxruntime import OnnxRuntimeRunner
-    from alignment.runners.plugin_nms import PluginNmsRunner
-
     onnx.save(small(score_activation=1, max_output_boxes=5), tmp_path / "small.onnx")
     with PluginNmsRunner(tmp_path / "small.onnx", OnnxRuntimeRunner) as runner:
         named = runner.run(np.ones((1, 3, 32, 32), np.float32))
@@ -215,6 +216,49 @@ def test_another_form_is_refused(tmp_path: Path, change: Callable[[onnx.ModelPro
         exported(variant)
     assert str(variant.weights) in str(caught.value)
     assert "align export --nms efficient_nms" in caught.value.mend
+
+
+@pytest.mark.parametrize("plugin", [UPRIGHT, ROTATED])
+@pytest.mark.parametrize(
+    ("attribute", "value", "said"),
+    [
+        ("score_threshold", "low", "score_threshold is b'low', not one float"),
+        ("score_threshold", float("nan"), "score_threshold is nan, not one float"),
+        ("iou_threshold", 1, "iou_threshold is 1, not one float from 0 to 1"),
+        ("iou_threshold", 1.5, "iou_threshold is 1.5, not one float from 0 to 1"),
+        ("max_output_boxes", 0, "max_output_boxes is 0, not one int of 1 or more"),
+        ("max_output_boxes", [2, 2], "max_output_boxes is [2, 2], not one int of 1 or more"),
+        ("score_activation", 2, "score_activation is 2, not one int from 0 to 1"),
+    ],
+)
+def test_what_the_plugin_refuses_is_refused_everywhere(tmp_path, plugin, attribute, value, said):
+    """Else a file passes on ONNX Runtime of which TensorRT makes no engine."""
+    model = small(**{attribute: value})
+    plugin_of(model).op_type = plugin
+    with pytest.raises(AlignError, match=re.escape(f"a.onnx: holds {plugin}, ")) as caught:
+        before_plugin(model, tmp_path / "a.onnx")
+    assert f"in a form that is unknown here: {said}: export it" in str(caught.value)
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("background_class", -2), ("pre_nms_topk", -1)])
+def test_what_the_rotated_plugin_alone_refuses(tmp_path, attribute, value):
+    model = small(**{attribute: value})
+    before_plugin(model, tmp_path / "a.onnx")
+    plugin_of(model).op_type = ROTATED
+    with pytest.raises(AlignError, match=f"{attribute} is {value}, not one int of {value + 1} or more"):
+        before_plugin(model, tmp_path / "a.onnx")
+
+
+def test_weights_in_a_file_of_their_own_may_change(tmp_path):
+    path, answers = tmp_path / "small.onnx", []
+    onnx.save(small(), path, save_as_external_data=True, location="weights", size_threshold=0)
+    written, weights = path.read_bytes(), (tmp_path / "weights").read_bytes()
+    for content in (weights, weights.replace(np.float32(20).tobytes(), np.float32(21).tobytes())):
+        (tmp_path / "weights").write_bytes(content)
+        with PluginNmsRunner(path, OnnxRuntimeRunner) as runner:
+            answers.append(runner.run(np.ones((1, 3, 32, 32), np.float32))["b"])
+    assert path.read_bytes() == written
+    np.testing.assert_array_equal(np.unique(answers[1] - answers[0]), [0, 1])
 
 
 def test_a_file_that_is_no_onnx_has_no_plugin(tmp_path):

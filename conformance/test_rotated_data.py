@@ -129,7 +129,7 @@ def test_a_run_on_images_without_truth_scores_nothing(tmp_path):
     assert "boxes" in written.tolerances
 
 
-@pytest.mark.parametrize("poly", [[1, 2, 3], "none", None, [[1, 2], [3]]])
+@pytest.mark.parametrize("poly", [[1, 2, 3], "none", None, [[1, 2], [3]], [0] * 7 + [np.nan], [1e300] * 8])
 def test_a_quadrilateral_that_is_none_is_named(tmp_path, poly):
     with pytest.raises(AlignError, match=r"dota8\.json: annotation 7: poly is not x and y of four corners: give a"):
         open_dota(dota(tmp_path, poly))

@@ -216,6 +216,20 @@ def test_cpus_and_cudas_mmrotate_differ_at_the_threshold_alone():
     assert found.cause == "iou_rounding"
 
 
+@pytest.mark.parametrize("seen", [([0], [0, 1]), ([0, 1], [0])], ids=str)
+def test_two_engines_that_round_an_iou_at_the_threshold_otherwise(seen):
+    boxes = np.array([[0, 0, 4, 2, 0], [2, 0, 4, 2, 0]], np.float32)
+    scores = np.array([[0.9], [0.8]], np.float32)
+    attributes = NmsHead("efficient_nms_rotated", Nms(score_threshold=0.1, iou_threshold=1 / 3)).attributes
+    semantics = efficient_nms_rotated(attributes)
+    ours, theirs = (Side(semantics, boxes, scores, np.array(one)) for one in seen)
+    (found,) = explain(ours, theirs, LIMITS)
+    assert (found.row, found.cause) == (1, "iou_rounding")
+    assert found.replay == "the subject with IoUs at the threshold as the reference takes them"
+    assert agrees(found, ours, theirs)
+    assert not explain(ours, ours, LIMITS)
+
+
 @pytest.mark.parametrize("column", [0, 4])
 def test_a_record_whose_boxes_moved_too_far_is_not_explained(tmp_path, column):
     subject = golden_dir() / "records" / f"{NAME}-tensorrt-fp32.json"

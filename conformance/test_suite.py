@@ -120,6 +120,22 @@ def test_both_precisions_of_a_variant_run_together_and_each_marker_brings_its_ow
     assert set(cases[("fp16", "fp32")]) == {TORCH, ORT, ORT16, TRT, TRT16}
 
 
+@pytest.mark.parametrize(
+    "error", ["RuntimeError('out of\\nmemory')", "AlignError('a.pth: is no checkpoint', 'get one')"]
+)
+def test_what_breaks_a_variant_fails_its_cases_in_the_report_so_that_a_gate_sees_it(tmp_path, monkeypatch, error):
+    lines = ("from alignment import session", "from alignment.errors import AlignError")
+    broken = ("def run_cases(*_):", "    print('ran', 'once')", f"    raise {error}", "session.run_cases = run_cases")
+    (tmp_path / "breaker.py").write_text("\n".join([*lines, *broken]))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    done = suite("-p", "breaker", "-s", "--report", tmp_path / "run")
+    assert (done.returncode, done.stdout.count("ran once\n")) == (1, 1), done.stdout + done.stderr
+    found = Alignment.model_validate_json((tmp_path / "run" / "alignment.json").read_text())
+    assert {c.case.id: c.status for c in found.cases} == dict.fromkeys((TORCH, ORT, TRT), "fail")
+    assert {c.reason for c in found.cases} <= {"RuntimeError: out of memory", "a.pth: is no checkpoint: get one"}
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_update_golden_writes_the_file_and_the_next_run_holds_to_it(tmp_path):
     done = suite("--update-golden", "new machine", "--golden", tmp_path)
     assert done.returncode == 0, done.stdout

@@ -22,7 +22,7 @@ from alignment.engine.build import BuildOptions, cached_engine
 from alignment.engine.capabilities import BEHIND, Capabilities, Gpu
 from alignment.engine.int8 import CalibrationImages
 from alignment.engine.log import Log, Message, warnings_of
-from alignment.errors import AlignError
+from alignment.errors import AlignError, BuildError
 
 
 def test_listing_is_there():
@@ -303,3 +303,20 @@ def test_not_an_onnx_file(built, tmp_path):
         cached_engine(path, BuildOptions())
     with pytest.raises(AlignError, match=r"absent\.onnx"):
         cached_engine(tmp_path / "absent.onnx", BuildOptions())
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "mend"),
+    [
+        ("outScales.size() == 1", BuildError, "look that node up"),
+        ("Cuda Runtime (out of memory)", AlignError, "free the GPU"),
+    ],
+)
+def test_memory_that_ran_out_is_no_fault_of_the_graph(text, kind, mend):
+    """A search for culprits keeps for good of which graphs no engine comes."""
+    log = Log()
+    log.add("ERROR", text)
+    error = build._build_error(Path("a.onnx"), Capabilities.of("8.6.1"), log)
+    assert type(error) is kind
+    assert str(error).startswith(f"a.onnx: TensorRT 8.6.1 cannot build it: {text}: ")
+    assert mend in error.mend

@@ -108,10 +108,20 @@ def sized(variant: Variant, size: str | None) -> Variant:
     """The variant at the size of ``--size``.  Raises AlignError for what is no size."""
     if size is None:
         return variant
-    sides = size.lower().split("x")
+    return resized(variant, *size_of(size))
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Height and width of ``--size``.  Raises AlignError for what is no size."""
+    sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise AlignError(f"--size {size}: not a size in pixels", "give one such as 416 or 384x640")
-    return resized(variant, int(sides[0]), int(sides[-1]))
+        raise AlignError(f"--size {text}: not a size in pixels", "give one such as 416 or 384x640")
+    return int(sides[0]), int(sides[-1])
 
 
 def require_folders(named: dict[str, Path | None]) -> None:

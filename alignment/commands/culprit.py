@@ -67,6 +67,7 @@ def culprit(
     candidate = _candidate(chosen, backend, fault or [], level)
     candidate.identity  # noqa: B018 - a backend that is not here is told before anything is computed
     subject, truth = _graphs(chosen, qdq, reference, data)
+    _require_planted(candidate, subject)
     modules = modules_of(exported(chosen).onnx)
     asked = Reference(truth, _batch(chosen, data, images))
     with stage_bars(chosen.name) as show:
@@ -106,6 +107,13 @@ def _candidate(variant: Variant, backend: str, faults: list[str], level: int) ->
     if faults and backend != "simulated":
         raise AlignError(f"--fault {faults[0]}: TensorRT has faults of its own", "take --backend simulated")
     return Simulated(tuple(map(Fault.parse, faults))) if backend == "simulated" else TensorRT(variant, level)
+
+
+def _require_planted(candidate: QdqBackend, graph: QdqGraph) -> None:
+    """Raises AlignError for a fault that can never show."""
+    for fault in getattr(candidate, "faults", ()):
+        if fault.node not in graph.int8_nodes:
+            raise AlignError(f"--fault {fault.kind}:{fault.node}: no node of this name reads int8", "mend that name")
 
 
 def _graphs(variant: Variant, qdq: Path | None, reference: Path | None, data: Path | None) -> tuple[QdqGraph, QdqGraph]:

@@ -37,8 +37,9 @@ def gate(
     from alignment.gate.judge import gate as judge
     from alignment.gate.judge import inspected_reformats
     from alignment.gate.policy import PACKAGED, load_policy
+    from alignment.gate.runs import read_runs
     from alignment.report.gate_markdown import to_markdown
-    from alignment.report.run_folder import merge, read_run, to_json
+    from alignment.report.run_folder import read_run, to_json
     from alignment.storage import writing
 
     if print_policy:
@@ -47,7 +48,7 @@ def gate(
     if not runs:
         raise AlignError("no RUN", "name the folder that `align run --out` or `pytest --report` wrote")
     held_to = load_policy(policy)
-    run = merge([read_run(path) for path in runs])
+    run = read_runs(runs)
     before = read_run(baseline) if baseline else None
     folders = [path if path.is_dir() else path.parent for path in runs]
     reformats = inspected_reformats([*folders, *(engines or ())], run)

@@ -21,6 +21,7 @@ from alignment.commands.console import (
     Policy,
     VariantName,
     kept_float,
+    names_in,
     out,
     print_table,
     recipe_changes,
@@ -67,32 +68,32 @@ def ladder(
 
     What lies in OUT is taken as it is: rungs, and scores of the same graph and images, wherever they were measured. So
     it goes on where it was interrupted, and a folder that comes from a machine without a GPU gets TensorRT's scores on
-    one that has it.
+    one that has it. Cases of `align run` in the same folder stay in its report.
     """
     backends = _backends(backend)
+    _require_used(until, partial, qat)
     require_folders({"--out": out_dir})
     from alignment.data.samples import open_samples
     from alignment.ladder import measure
     from alignment.report.ladder import to_markdown
     from alignment.report.pareto import require_matplotlib
-    from alignment.report.run_folder import REPORT, RESULTS, read_run, write_run
+    from alignment.report.run_folder import REPORT, RESULTS, merge, read_run, write_run
     from alignment.session import new_alignment, require_available
 
     require_matplotlib()
     start = load_variant(variant)
     require_available(start, data)
     run = new_alignment(shlex.join(["align", *sys.argv[1:]]))
-    known = read_run(out_dir).ladders if (out_dir / RESULTS).is_file() else []
+    before = [read_run(out_dir)] if (out_dir / RESULTS).is_file() else []
 
     def write(now: Ladder) -> None:
-        run.ladders = [now, *(one for one in known if one.variant != now.variant)]
-        write_run(run, out_dir)
+        write_run(merge([run, *before, run.model_copy(update={"ladders": [now]})]), out_dir)
 
     with stage_bars(start.name) as show:
         making = _Making(out_dir, layers, device, images, data, show)
         steps = _steps(start, until, partial, qat, recipe_changes(plain, policy), making)
-        samples, earlier = open_samples(start, data, images), next((o for o in known if o.variant == start.name), None)
-        found = measure(steps, samples, backends, earlier, data, show, write)
+        known = next((one for part in before for one in part.ladders if one.variant == start.name), None)
+        found = measure(steps, open_samples(start, data, images), backends, known, data, show, write)
     write(found)
     with writing(out_dir / "ladder.md") as file:
         file.write_text(to_markdown(found), encoding="utf-8")
@@ -102,10 +103,21 @@ def ladder(
 
 
 def _backends(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    names = names_in(text)
     if wrong := [name for name in names if name not in BACKENDS]:
         raise AlignError(f"--backend {wrong[0]}: no such backend", f"choose from {', '.join(BACKENDS)}")
+    if not names:
+        raise AlignError(f"--backend {text!r}: none", f"choose from {', '.join(BACKENDS)}")
     return names
+
+
+def _require_used(until: str, partial: Path | None, qat: list[Path] | None) -> None:
+    """Raises AlignError for the path of a rung that is above the highest."""
+    for option, given, lowest in (("--partial", partial, ("partial", "qat")), ("--qat", qat, ("qat",))):
+        if given and until not in lowest:
+            raise AlignError(
+                f"{option}: no such rung with --until {until}", f"leave it out, or give --until {lowest[0]}"
+            )
 
 
 @dataclass(frozen=True)
@@ -160,12 +172,14 @@ def _steps(
     making: _Making,
 ) -> list[Step]:
     """The rungs; a recipe that comes with the nodes to keep in float is that of the whole ladder."""
-    from alignment.ladder import Step, trained_step
+    from alignment.ladder import Step, trained_from, trained_step
 
     if start.quantization.trained is not None:
         raise AlignError(f"{start.name}: trained already", "begin with the variant that it was made of")
     if until == "qat" and not start.has_torch:
         raise AlignError(f"{start.name}: a bare ONNX file has no torch model to train", "give --until partial")
+    for path in trained or ():
+        trained_from(path, start)  # refused before anything is searched for
     base, kept = with_quantization(start, asked), None
     if until != "ptq":
         file = partial or making.keep_float(base)
@@ -178,7 +192,7 @@ def _steps(
     steps.append(Step("PTQ", base, how="quantized after training, by the recipe below", command=whole))
     if kept is not None:
         how = f"the same with {len(kept.quantization.keep_float)} nodes named to stay float"
-        steps.append(Step("partial", kept, how=how, command=f"{run} --keep-float {file} --out DIR"))
+        steps.append(Step("partial", kept, how=how, command=f"{run} --keep-float {shlex.quote(str(file))} --out DIR"))
     if until == "qat" and kept is not None:
         paths = trained or [making.trained(base, "qat"), making.trained(kept, "qat_partial")]
         steps += [trained_step(path, base, kept) for path in paths]

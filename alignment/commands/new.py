@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import sys
@@ -13,11 +14,14 @@ import typer
 import yaml
 from rich.table import Column, Table
 
+from alignment.case import BACKENDS, PRECISIONS, cases_of, require_known
 from alignment.commands.console import (
+    names_in,
     out,
     print_table,
     progress_bar,
     require_folders,
+    size_of,
     stage_bars,
     write_report,
 )
@@ -72,17 +76,25 @@ def new(
     path = out_dir / f"{name}.yaml"
     _require_new(name, path, force)
     _require_source(onnx, config, checkpoint)
+    read: dict[str, object] = {"--classes": classes, "--layout": layout, "--output": output, "--anchors": anchors}
+    read |= {"--range": values, "--channels": channels}
+    _require_unused("--config, which says that itself", read if config is not None else {})
+    _require_unused("--onnx, which has no config", {"--option": option} if onnx is not None else {})
     require_folders({"--out": out_dir})
-    asked = Asked(_size(size), classes, _layout(layout), output, _anchors(anchors), values, channels, resize)
+    precisions = names_in(precision)
+    require_known("precision", precisions, PRECISIONS)
+    sides = size_of(size) if size is not None else None
+    asked = Asked(sides, classes, _layout(layout), output, _anchors(anchors), values, channels, resize)
+    overrides = _options(option or [])
     if onnx is not None:
         with stage_bars(name) as show:
             found = guess_onnx(onnx, name, data, asked, show)
     else:
         assert config is not None
         assert checkpoint is not None
-        found = guess_config(ConfigSource(config, checkpoint, _options(option or [])), name, data, asked)
+        found = guess_config(ConfigSource(config, checkpoint, overrides), name, data, asked)
     _write(found, path)
-    _align(found, path, images, precision, out_dir)
+    _align(found, path, images, precisions, out_dir)
 
 
 def _write(found: Guessed, path: Path) -> None:
@@ -103,16 +115,15 @@ def _write(found: Guessed, path: Path) -> None:
     out.print(f"wrote {path}", markup=False)
 
 
-def _align(found: Guessed, path: Path, images: int, precision: str, out_dir: Path) -> None:
+def _align(found: Guessed, path: Path, images: int, precisions: tuple[str, ...], out_dir: Path) -> None:
     """Runs the cases that can run here, and writes golden values and the report."""
     from alignment import session
-    from alignment.case import BACKENDS, cases_of
     from alignment.golden import update
     from alignment.pipeline import RunOptions
 
     variant = load_variant(path)
     golden, folder = out_dir / "golden", out_dir / "runs" / variant.name
-    cases = cases_of(variant, BACKENDS, tuple(part.strip() for part in precision.split(",")))
+    cases = cases_of(variant, BACKENDS, precisions)
     with tempfile.TemporaryDirectory(prefix="align-new-") as staging:
         # Held to the defaults: what is there of another model of this name is proposed anew.
         how = RunOptions(golden=Path(staging) / "golden", out=Path(staging))
@@ -180,13 +191,10 @@ def _require_source(onnx: Path | None, config: str | None, checkpoint: Path | No
         raise AlignError(f"--checkpoint {checkpoint}: of which model", "give --config FILE with it, not --onnx")
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise AlignError(f"--size {text}: not a size in pixels", "give one such as 416 or 384x640")
-    return int(sides[0]), int(sides[-1])
+def _require_unused(by: str, options: dict[str, object]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise AlignError(f"{name} is not taken with {by}", f"leave out {name}")
 
 
 def _layout(text: str | None) -> str | None:
@@ -199,10 +207,14 @@ def _anchors(text: str | None) -> str | list[list[float]] | None:
     if text is None or text in ("yolov5", "yolov7"):
         return text
     try:
-        return [[float(number) for number in level.split(",")] for level in text.split()]
+        levels = [[float(number) for number in level.split(",")] for level in text.split()]
     except ValueError:
-        mend = 'give yolov5, yolov7, or numbers: "10,13,16,30 30,61,62,45"'
-        raise AlignError(f"--anchors {text}: no anchors", mend) from None
+        levels = []
+    sound = all(len(level) % 2 == 0 and all(0 < side < math.inf for side in level) for level in levels)
+    if not levels or not sound or len({len(level) for level in levels}) > 1:
+        mend = 'give yolov5, yolov7, or width and height of as many for each stride: "10,13,16,30 30,61,62,45"'
+        raise AlignError(f"--anchors {text}: no anchors", mend)
+    return levels
 
 
 def _options(given: list[str]) -> dict[str, Any]:
@@ -212,7 +224,10 @@ def _options(given: list[str]) -> dict[str, Any]:
             raise AlignError(
                 f"--option {key}: no KEY=VALUE", "give one such as model.bbox_head.head_module.num_classes=6"
             )
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError:
+        raise AlignError(f"--option {' '.join(given)}: a value that is no YAML", "mend it, or quote it") from None
 
 
 def _plain(finding: Finding) -> str:

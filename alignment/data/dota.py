@@ -33,10 +33,13 @@ def open_dota(root: Path, limit: int | None = None) -> CocoDataset:
     dataset = CocoDataset.read(path, root / "images", root, "dota8", layout, limit)
     for entry in dataset.truth["annotations"]:
         try:
-            points = np.array(entry["poly"], np.float32).reshape(4, 2)
+            with np.errstate(over="ignore"):
+                points = np.array(entry["poly"], np.float32).reshape(4, 2)
         except (KeyError, TypeError, ValueError):
+            points = np.full((4, 2), np.nan)
+        if not np.isfinite(points).all():
             what = f"{path}: annotation {entry.get('id')}: poly is not x and y of four corners"
-            raise AlignError(what, layout) from None
+            raise AlignError(what, layout)
         entry["rbox"] = smallest_rectangle(points)
     return dataset
 

@@ -70,8 +70,9 @@ def unlabelled_root(folder: Path, classes: int) -> Path:
         AlignError: for a picture that cannot be read.
     """
     paths = files_in(folder)
-    names = [path.name for path in paths]
-    key = json.dumps([str(folder.absolute()), names, classes])
+    stats = [(path.name, path.stat()) for path in paths]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    key = json.dumps([str(folder.absolute()), files, classes])
     root = cache_dir() / "unlabelled" / hashlib.sha256(key.encode()).hexdigest()[:16]
     with locked(root):
         if not root.exists():

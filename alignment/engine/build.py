@@ -190,9 +190,7 @@ def build_engine(onnx_path: Path, options: BuildOptions, log: Log, images: Calib
         calibrator = _add_int8(builder, network, config, options, images, log)  # lives until the build is done
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            unranged = [line for line in warnings_of(log.messages) if line.startswith("missing scale")]
-            mend = _mend(" ".join(log.errors(last=20) + unranged), ability)
-            raise BuildError(f"{onnx_path}: TensorRT {ability.version} cannot build it: {_last(log)}", mend)
+            raise _build_error(onnx_path, ability, log)
         del calibrator
         return bytes(plan)
 
@@ -357,6 +355,15 @@ def _parse_error(parser: Any, path: Path, ability: Capabilities, log: Log) -> Al
         found.append(place + " ".join(str(parser_error.desc()).split())[:240])
     reason = "; ".join(found) or _last(log)
     return AlignError(f"{path}: TensorRT {ability.version} cannot parse {reason}", _mend(reason, ability))
+
+
+def _build_error(path: Path, ability: Capabilities, log: Log) -> AlignError:
+    """Why no engine came: a `BuildError`, but where memory ran out, of which another time it may come."""
+    unranged = [line for line in warnings_of(log.messages) if line.startswith("missing scale")]
+    reason = " ".join(log.errors(last=20) + unranged)
+    kind = AlignError if "out of memory" in reason.lower() else BuildError
+    what = f"{path}: TensorRT {ability.version} cannot build it: {_last(log)}"
+    return kind(what, _mend(reason, ability))
 
 
 def _mend(reason: str, ability: Capabilities) -> str:

@@ -88,6 +88,14 @@ class Capabilities:
         """Whether this package supports the version at all: 8.6, 10 and 11 are what it is written for."""
         return self.release >= OLDEST
 
+    def takes_libraries_of(self, version: str) -> bool:
+        """Whether a plugin that was compiled against the headers of `version` can be loaded: of the same major one."""
+        return Capabilities.of(version)._major == self._major
+
+    @property
+    def _major(self) -> int:
+        return self.release[0]
+
     @property
     def has_fp16_flag(self) -> bool:
         """Weakly typed FP16: until 10.x, deprecated there in favour of strong typing.  Bindings."""

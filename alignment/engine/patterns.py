@@ -58,6 +58,10 @@ class _Scene:
     def scale(self, pair: Pair) -> np.ndarray:
         return self.qdq.values(pair.scale)
 
+    def largest(self, pair: Pair) -> float:
+        """Its scale; of several along an axis the largest."""
+        return float(np.amax(self.scale(pair)))
+
     def convolved(self, tensor: str) -> bool:
         """Whether a tensor is what a convolution that reads int8 gives, before any activation."""
         maker = self.graph.makers.get(tensor)
@@ -106,7 +110,7 @@ def unlike_scales(scene: _Scene) -> _Seen:
     read: dict[str, list[float]] = {}
     for pair in scene.qdq.pairs:
         if not pair.stored and scene.node(pair.node).op_type == "Concat":
-            read.setdefault(pair.node, []).append(float(scene.scale(pair)))
+            read.setdefault(pair.node, []).append(scene.largest(pair))
     for node, scales in read.items():
         if len(set(scales)) > 1:
             evidence = f"its inputs have scales from {min(scales):.3g} to {max(scales):.3g}"
@@ -120,7 +124,7 @@ def two_scales(scene: _Scene) -> _Seen:
     for pair in scene.qdq.pairs:
         if pair.stored or pair.node == (other := first.setdefault(pair.tensor, pair)).node:
             continue
-        ours, theirs = float(scene.scale(pair)), float(scene.scale(other))
+        ours, theirs = scene.largest(pair), scene.largest(other)
         if ours != theirs:
             evidence = f"reads {pair.tensor} with scale {ours:.3g}, {other.node} with {theirs:.3g}"
             yield pair.node, evidence, f"give {pair.tensor} one scale for all that read it"
@@ -179,7 +183,7 @@ def clipping(scene: _Scene) -> _Seen:
     for pair in scene.qdq.pairs:
         if pair.stored or pair.tensor not in scene.ranges:
             continue
-        reach, seen = 127 * float(scene.scale(pair)), scene.ranges[pair.tensor]
+        reach, seen = 127 * scene.largest(pair), scene.ranges[pair.tensor]
         if seen > CLIPPING * reach:
             evidence = f"{pair.tensor} reaches {seen:.3g}, its scale {reach:.3g}"
             yield pair.node, evidence, "calibrate anew, with --method minmax for one"

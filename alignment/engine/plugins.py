@@ -94,8 +94,15 @@ def find_tensorrt_headers() -> Path:
 
 
 def headers_version(headers: Path) -> str:
-    """The version of TensorRT's headers in a folder, such as ``10.16.0``."""
-    text = (headers / "NvInferVersion.h").read_text(errors="replace")
+    """The version of TensorRT's headers in a folder, such as ``10.16.0``.
+
+    Raises:
+        AlignError: the header that says it is not there.
+    """
+    try:
+        text = (headers / "NvInferVersion.h").read_text(errors="replace")
+    except OSError as error:
+        raise AlignError(f"{error.filename}: {error.strerror}", "copy all of TensorRT's headers there") from None
     # Newer headers name a number of another name.
     values: dict[str, str] = dict(re.findall(r"#define\s+(\w+)\s+(\w+)", text))
     names = [f"NV_TENSORRT_{part}" for part in ("MAJOR", "MINOR", "PATCH")]
@@ -139,8 +146,15 @@ def load_plugin(path: Path | None = None) -> ctypes.CDLL:
         path: the library; default: `build_plugin`'s.
 
     Raises:
-        AlignError: TensorRT cannot be imported, or the library cannot be built or loaded.
+        AlignError: TensorRT cannot be imported, or the library cannot be built or loaded; the headers found are of
+            another major version, whose classes are laid out in another way.
     """
+    if path is None:
+        headers, current = find_tensorrt_headers(), Capabilities.current()
+        version = headers_version(headers)
+        if not current.takes_libraries_of(version):
+            what = f"{headers}: headers of TensorRT {version}, but {current.version} is installed"
+            raise AlignError(what, "set TENSORRT_ROOT to the headers of that version")
     return _loaded(Path(path or build_plugin()).resolve())
 
 
@@ -189,7 +203,10 @@ def _nvcc_command() -> list[str]:
 
 def _output(command: list[str]) -> str:
     """What a command prints.  Raises AlignError with the first error that it prints."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise AlignError(f"{command[0]}: {error.strerror}", "name a compiler that runs: CUDA_HOME, CXX") from None
     if done.returncode:
         lines = (done.stderr + done.stdout).splitlines()
         errors = [line for line in lines if "error" in line] or lines or [f"status {done.returncode}"]

@@ -3,6 +3,7 @@ comes before it runs anywhere."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,26 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, helper
 
 from alignment.errors import AlignError
-from alignment.nms.plugins import ROTATED, WIDTH
+from alignment.nms.plugins import ROTATED, UPRIGHT, WIDTH
 
 PLUGINS = tuple(WIDTH)
 #: Without these the plugin takes defaults of its own, which differ between its sources and their README.
 NEEDED = ("score_threshold", "iou_threshold", "max_output_boxes")
+#: Attributes by name: type, least, most.
+_Taken = dict[str, tuple[type[float], float, float]]
+_BOTH: _Taken = {
+    "score_threshold": (float, -math.inf, math.inf),
+    "iou_threshold": (float, 0, 1),
+    "max_output_boxes": (int, 1, math.inf),
+    "background_class": (int, -1, math.inf),
+    "score_activation": (int, 0, 1),
+    "class_agnostic": (int, 0, 1),
+}
+#: By plugin; those of EfficientNMSRotated_TRT are what `enr_check` takes.
+_TAKEN: dict[str, _Taken] = {
+    ROTATED: {**_BOTH, "pre_nms_topk": (int, 0, math.inf)},
+    UPRIGHT: {**_BOTH, "background_class": (int, -math.inf, math.inf), "box_coding": (int, 0, 1)},
+}
 
 
 def plugin_of(model: ModelProto) -> NodeProto | None:
@@ -61,7 +77,8 @@ def before_plugin(model: ModelProto, path: Path) -> ModelProto:
         path: its file, for errors.
 
     Raises:
-        AlignError: for a node that is not one alone at the end, or lacks what `NEEDED` names.
+        AlignError: for a node that is not one alone at the end, lacks what `NEEDED` names, or has an attribute that the
+            plugin does not take.
     """
     cut = ModelProto()
     cut.CopyFrom(model)
@@ -104,13 +121,24 @@ def _unknown(model: ModelProto, node: NodeProto) -> str:
     """What is unknown of the node's form; empty where nothing is."""
     read = {name for other in model.graph.node for name in other.input}
     given = {output.name for output in model.graph.output}
-    missing = [name for name in NEEDED if name not in attributes_of(node)]
+    attributes = attributes_of(node)
+    missing = [name for name in NEEDED if name not in attributes]
     if sum(other.op_type.endswith("_TRT") for other in model.graph.node) > 1:
         return "it is not the only plugin"
     if len(node.input) != 2 or len(node.output) != 4:
         return f"{len(node.input)} inputs and {len(node.output)} outputs, not 2 and 4"
     if missing:
         return f"no attribute {', '.join(missing)}"
+    for name, (kind, least, most) in _TAKEN[node.op_type].items():
+        if name in attributes and not (isinstance(value := attributes[name], kind) and least <= value <= most):
+            return f"{name} is {value}, not one {kind.__name__}{_between(least, most)}"
     if read & set(node.output) or not set(node.output) <= given:
         return "its outputs are not those of the graph"
     return ""
+
+
+def _between(least: float, most: float) -> str:
+    """``of 1 or more``, ``from 0 to 1``; empty where any number is taken."""
+    if most < math.inf:
+        return f" from {least:g} to {most:g}"
+    return f" of {least:g} or more" if least > -math.inf else ""

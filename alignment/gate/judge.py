@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import inf
 from pathlib import Path
 
 from alignment.gate import provenance
 from alignment.gate.numbers import comparable_images, numbers_of, place_of
-from alignment.gate.policy import LIMITS, Limits, Policy
+from alignment.gate.policy import LIMITS, Limits, Policy, load_policy
 from alignment.gate.results import Change, Finding, GatedCase, GateResult, LayerChange, Numbers, RunPapers
 from alignment.results import Alignment, CaseId, CaseResult, Explanation
 from alignment.signatures import first_change
@@ -91,7 +92,7 @@ class _Gate:
         return gated
 
     def missing(self) -> list[GatedCase]:
-        """The cases that only the baseline has."""
+        """The cases that only the baseline has; explanations that only it has are said."""
         run = {case.case.id: case for case in self.run.cases}
         found = []
         for name, before in self.before.items():
@@ -102,6 +103,11 @@ class _Gate:
             self._say(name, "missing", what, stops=self.policy.missing == "stop", explained=False)
             if name not in run:
                 found.append(GatedCase(id=name, verdict="missing", before=numbers_of(before)))
+        explained = {one.id for one in self.run.explanations}
+        for one in self.baseline.explanations if self.baseline else ():
+            if one.id not in explained:
+                what = "the baseline has this explanation, and this run has not: make it by `align explain`"
+                self._say(one.id, "missing", what, stops=self.policy.missing == "stop", explained=False)
         return found
 
     def whole_run(self) -> None:
@@ -112,8 +118,9 @@ class _Gate:
         for pattern in self.policy.require:
             if not any(pattern.fits(case) for case in done):
                 self._say("", "missing", f"the policy requires {pattern.words}: no such case was run", explained=False)
+        packaged = load_policy().rules  # for every precision, of which a run has a few
         for rule in self.policy.rules:
-            if rule.variant != "*" and not any(rule.fits(case.case) for case in self.run.cases):
+            if rule not in packaged and not any(rule.fits(case.case) for case in self.run.cases):
                 self.notes.append(f"a rule of the policy fits no case of the run: {rule.words}")
         for one in self.run.explanations:
             self._explanation(one)
@@ -144,11 +151,11 @@ class _Gate:
             limit = getattr(limits, name)
             if limit is None or (value is None and reference):
                 continue
+            least, _, quantity = name.partition("_")
             if value is None:
                 self._say(case.case.id, "unchecked", f"{name} not applied: {_WHY_NOT[name]}", stops=False)
-            elif value < limit - EPSILON if name.startswith("min") else value > limit + EPSILON:
-                sign = ">=" if name.startswith("min") else "<="
-                quantity = name.partition("_")[2]
+            elif not (value >= limit - EPSILON if least == "min" else value <= limit + EPSILON):  # NaN keeps no limit
+                sign = ">=" if least == "min" else "<="
                 self._say(case.case.id, "policy", f"{quantity} {value:.4g}, allowed {sign} {limit:g}", stage=stage)
 
     def _compare(self, case: CaseResult, before: CaseResult, now: Numbers, then: Numbers, limits: Limits) -> None:
@@ -160,7 +167,7 @@ class _Gate:
         else:
             for name, what, drop in _drops(now, then):
                 least = limits.max_ap_drop if name == "AP" else limits.max_agreement_drop
-                if least is not None and drop > least + EPSILON:
+                if least is not None and not drop <= least + EPSILON:  # NaN keeps no limit
                     stage = case.first_difference or ("map" if name == "AP" else "detections")
                     self._say(case.case.id, "regression", f"{what}, allowed -{least:g}", stage=stage)
                 if name == "AP" and limits.max_ap_rise is not None and -drop > limits.max_ap_rise + EPSILON:
@@ -173,13 +180,13 @@ class _Gate:
         if limit is None:
             return
         places = place_of(case, self.run), place_of(before, self.baseline)
-        if now.latency_ms is None or then.latency_ms is None:
+        if now.latency_ms is None or not then.latency_ms:
             which = "this run" if now.latency_ms is None else "the baseline"
             self._say(case.case.id, "unchecked", f"max_latency_ratio not applied: {which} has no latency", stops=False)
         elif places[0] != places[1]:
             what = f"max_latency_ratio not applied: taken on {places[0]}, the baseline on {places[1]}"
             self._say(case.case.id, "unchecked", what, stops=False)
-        elif now.latency_ms > limit * then.latency_ms + EPSILON:
+        elif not now.latency_ms <= limit * then.latency_ms + EPSILON:  # NaN keeps no limit
             ratio = now.latency_ms / then.latency_ms
             what = f"latency {then.latency_ms:.3g} -> {now.latency_ms:.3g} ms, {ratio:.2f} x, allowed {limit:g} x"
             self._say(case.case.id, "regression", what)
@@ -189,17 +196,28 @@ class _Gate:
         assert self.baseline
         signed = [{c.case.variant: c.signature for c in run.cases if c.signature} for run in (self.run, self.baseline)]
         found = {}
-        for variant in (name for name in signed[0] if name in signed[1]):
+        for variant in dict.fromkeys(c.case.variant for c in self.run.cases if c.status != "skip"):
+            if not (variant in signed[0] and variant in signed[1]):
+                if variant in signed[1]:
+                    self._unsigned(variant, "this run has no signature of its graph")
+                continue
             try:
                 change = first_change(signed[0][variant], signed[1][variant])
             except ValueError as error:
-                self.notes.append(f"{variant}: layers not compared: {error}")
+                self._unsigned(variant, str(error))
                 continue
             if change:
                 found[variant] = LayerChange(
                     variant=variant, stage=change.stage, layer=change.layer, reason=change.reason
                 )
         return found
+
+    def _unsigned(self, variant: str, why: str) -> None:
+        what = f"{variant}: layers not compared: {why}"
+        if self.policy.layers == "stop":
+            self._say("", "unchecked", what, explained=False)
+        else:
+            self.notes.append(what)
 
     def _say(
         self, case: str, kind: str, what: str, stops: bool = True, stage: str | None = None, explained: bool = True
@@ -226,7 +244,10 @@ _WHY_NOT = {
 
 
 def _drops(now: Numbers, then: Numbers) -> Iterator[tuple[str, str, float]]:
-    """Name, words and loss of each rate that both have; that of a single agreement in INT8 is no measure."""
+    """Name, words and loss of each rate that the baseline has: one that is unknown now is lost without bound.
+
+    That of a single agreement in INT8 is no measure.
+    """
     int8 = now.agreement_ap is not None
     pairs = {
         "AP": (then.ap, now.ap),
@@ -236,6 +257,8 @@ def _drops(now: Numbers, then: Numbers) -> Iterator[tuple[str, str, float]]:
     for name, (old, new) in pairs.items():
         if old is not None and new is not None:
             yield name, f"{name} {old:.4f} -> {new:.4f} ({new - old:+.4f})", old - new
+        elif old is not None:
+            yield name, f"{name} {old:.4f} -> unknown", inf
 
 
 def _case_of(one: Explanation, run: Alignment) -> CaseId:
@@ -243,7 +266,7 @@ def _case_of(one: Explanation, run: Alignment) -> CaseId:
     fitting = [case.case for case in run.cases if one.id.startswith((f"{case.case.id}-", f"{case.case.variant}-"))]
     exact = [case for case in fitting if one.id.startswith(f"{case.id}-")]
     if exact:
-        return exact[0]
+        return max(exact, key=lambda case: len(case.id))
     variant = fitting[0].variant if fitting else one.id.partition("-")[0]
     return CaseId(id=one.id, variant=variant, backend="", precision="")
 

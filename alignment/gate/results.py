@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from alignment.errors import AlignError
 from alignment.results import StageName
 
 SCHEMA_VERSION = 1
@@ -101,3 +104,17 @@ class GateResult(_Model):
     def stopping(self) -> list[Finding]:
         """The findings that stop the release."""
         return [finding for finding in self.findings if finding.stops]
+
+    @classmethod
+    def load(cls, path: Path) -> GateResult:
+        """Reads what `align gate --json` wrote.  Raises AlignError for a file that is missing, damaged or another."""
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise AlignError(f"{path}: {error.strerror}", "write one by `align gate --json`") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except ValueError as error:  # of JSON and of UTF-8
+            what = str(error)
+        raise AlignError(f"{path}: no verdict of the gate: {what}", "make it anew with `align gate --json`")

@@ -28,7 +28,7 @@ from alignment.guess.preprocess import (
 from alignment.models.onnx_heads import Named
 from alignment.runners.base import Runner
 from alignment.runners.open import open_model
-from alignment.variant import InputSize, Variant
+from alignment.variant import InputSize, Variant, variant_of
 
 #: Pictures on which the outputs are looked at.
 LOOKED_AT = 2
@@ -160,7 +160,7 @@ def _settle_anchors(variant: Variant, prepared: list[Finding], jury: Jury, unset
 def _variant(name: str, path: Path, findings: list[Finding]) -> Variant:
     fields = as_fields(findings)
     source = {"kind": "onnx", "file": str(path.absolute()), **fields.pop("source")}
-    return Variant.model_validate({"name": name, "source": source, **fields})
+    return variant_of({"name": name, "source": source, **fields}, path)
 
 
 def _with(variant: Variant, changes: dict) -> Variant:

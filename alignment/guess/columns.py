@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from alignment.guess.findings import Sure
 from alignment.models.onnx_heads import sigmoid
 from alignment.variant import InputSize
 
@@ -60,31 +61,40 @@ class BoxCoding:
         unit: ``pixels``, ``relative`` (0..1) or ``offsets`` (YOLOX, undecoded); empty where it is none of these.
         format: ``xyxy`` or ``cxcywh``.
         evidence: what was measured.
+        sure: of the format.
     """
 
     unit: str
     format: str
     evidence: str
+    sure: Sure = "certain"
 
 
 def box_coding(boxes: np.ndarray, grid: Grid | None, size: InputSize) -> BoxCoding:
     """Holds boxes ``[A, N, 4]``, of any images, to the cells that they belong to.
 
-    A decoded box lies about its cell.  Corners never cross; a centre lies right of what is only its width.
+    A decoded box lies about its cell.  A centre lies right of what is only its width in nearly all rows, while corners
+    cross in few: in none, or in background rows of a network whose distances to the sides may be negative (RTMDet).
     """
     rows = boxes.reshape(-1, 4)
     rows = rows[np.isfinite(rows).all(1)]
     crossed = float(np.mean((rows[:, 2] < rows[:, 0]) | (rows[:, 3] < rows[:, 1]))) if len(rows) else 0.0
-    form = "cxcywh" if crossed > 0.01 else "xyxy"
+    form = "cxcywh" if crossed > 0.5 else "xyxy"
+    sure: Sure = "likely" if 0.01 < crossed < 0.5 else "certain"
     say = f"column 3 is below 1, or 4 below 2, in {crossed:.0%} of the rows"
     if grid is None:
         far = float(np.quantile(np.abs(rows), 0.999)) if len(rows) else 0.0
         unit = "relative" if far <= 2 else "pixels" if far <= 4 * max(size.height, size.width) else ""
-        return BoxCoding(unit, form, f"{say}; they reach to {far:.4g}")
+        return BoxCoding(unit, form, f"{say}; they reach to {far:.4g}", sure)
     scale = np.array([size.width, size.height] * 2, float)
+    if sure == "likely":
+        form = min(
+            ("xyxy", "cxcywh"), key=lambda name: min(_distance(b, name, grid, size) for b in (boxes, boxes * scale))
+        )
+        say += f", but as {form} they are nearer to their cells"
     distances = {
-        "pixels": min(_distance(boxes, form, grid, size, inside) for inside in (False, True)),
-        "relative": min(_distance(boxes * scale, form, grid, size, inside) for inside in (False, True)),
+        "pixels": _distance(boxes, form, grid, size),
+        "relative": _distance(boxes * scale, form, grid, size),
         "offsets": _offset(boxes, grid, size),
     }
     unit = min(distances, key=lambda name: distances[name])
@@ -95,16 +105,20 @@ def box_coding(boxes: np.ndarray, grid: Grid | None, size: InputSize) -> BoxCodi
     evidence = f"strides from the middle of its cell to that of a box, median: {near}"
     if unit != "offsets":
         evidence += f"; {say}"
-    return BoxCoding(unit, "cxcywh" if unit == "offsets" else form, evidence)
+    return BoxCoding(unit, "cxcywh", evidence) if unit == "offsets" else BoxCoding(unit, form, evidence, sure)
 
 
-def _distance(boxes: np.ndarray, form: str, grid: Grid, size: InputSize, inside: bool) -> float:
-    middles, strides = grid.cells(size, inside)
+def _distance(boxes: np.ndarray, form: str, grid: Grid, size: InputSize) -> float:
+    """Strides from the middle of its cell to that of a box, median, for the better of the two orders of rows."""
     centre = boxes[..., :2] if form == "cxcywh" else (boxes[..., :2] + boxes[..., 2:]) / 2
-    with np.errstate(invalid="ignore", over="ignore"):
-        away = np.abs(centre - middles).max(-1) / strides[:, 0]
-    away = away[np.isfinite(away)]
-    return float(np.median(away)) if away.size else np.inf
+    found = []
+    for inside in (False, True):
+        middles, strides = grid.cells(size, inside)
+        with np.errstate(invalid="ignore", over="ignore"):
+            away = np.abs(centre - middles).max(-1) / strides[:, 0]
+        away = away[np.isfinite(away)]
+        found.append(float(np.median(away)) if away.size else np.inf)
+    return min(found)
 
 
 def _offset(boxes: np.ndarray, grid: Grid, size: InputSize) -> float:

@@ -11,7 +11,7 @@ from alignment.errors import AlignError
 from alignment.guess.bare import Guessed
 from alignment.guess.findings import Asked, Finding, as_fields, given
 from alignment.storage import data_dir
-from alignment.variant import Nms, Variant
+from alignment.variant import Nms, Variant, variant_of
 
 #: Their config has another nms_pre, or none, where mmyolo takes 100000.
 _NMS = {
@@ -54,7 +54,7 @@ def guess_config(source: ConfigSource, name: str, data: Path | None, asked: Aske
     config = load_config(Variant.model_validate(unread))
     findings = read_config(config, source.config, asked)
     fields = as_fields(findings)
-    variant = Variant.model_validate({"name": name, "source": settled, **fields})
+    variant = variant_of({"name": name, "source": settled, **fields}, source.config)
     build_detector(variant)
     dataset, root, pictures = _data(variant, data)
     variant = variant.model_copy(update={"dataset": dataset})
@@ -68,15 +68,21 @@ def read_config(config: Any, path: str, asked: Asked) -> list[Finding]:
     Args:
         config: mmengine's Config.
         path: its file, for errors.
-        asked: the command line's size.
+        asked: the command line's size and how images are fitted to it.
+
+    Raises:
+        AlignError: for what is no detector's config, and for a test pipeline of another form.
     """
     try:
-        steps = {str(step["type"]).rsplit(".", 1)[-1]: step for step in _pipeline(config)}
-        head = config.model.bbox_head
-        test = config.model.test_cfg
-    except (AttributeError, KeyError, TypeError) as error:
+        return _read(config, path, asked)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a config is Python: anything may stand there
         what = f"{path}: no detector's config: {type(error).__name__}: {error}"
         raise AlignError(what, "give one with model.bbox_head, model.test_cfg and test_dataloader") from None
+
+
+def _read(config: Any, path: str, asked: Asked) -> list[Finding]:
+    steps = {str(step["type"]).rsplit(".", 1)[-1]: step for step in _pipeline(config)}
+    head = config.model.bbox_head
     classes = head.get("head_module", {}).get("num_classes", head.get("num_classes"))
     if not isinstance(classes, int):
         raise AlignError(
@@ -87,7 +93,7 @@ def read_config(config: Any, path: str, asked: Asked) -> list[Finding]:
     findings.append(Finding("classes", classes, "certain", "num_classes of the head"))
     if rotated:
         findings.append(Finding("boxes", "rotated", "certain", f"head {head.type}"))
-    findings += _nms(test)
+    findings += _nms(config.model.test_cfg)
     if _rectangles(config):
         note = "square input; mmyolo's own test pipeline uses rectangular batch shapes"
         findings.append(Finding("notes", note, "certain", "batch_shapes_cfg of the test dataset"))

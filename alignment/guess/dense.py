@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from alignment.guess.columns import BoxCoding, Grid, activation, box_coding, grid_of, is_angle, objectness
-from alignment.guess.findings import Finding, given
+from alignment.guess.findings import Finding, Sure, given
 from alignment.guess.head import HeadFound, Look
 
 LAYOUT, FORMAT, ACTIVATION = "source.head.layout", "source.head.box_format", "source.head.scores_activation"
@@ -98,11 +98,15 @@ def _described(look: Look, dense: _Dense) -> HeadFound:
         strides = f"{dense.rows.shape[1]} rows are the cells of these"
         findings.append(Finding("source.head.strides", list(dense.grid.strides), "certain", strides))
     else:
-        findings.append(Finding(FORMAT, dense.coding.format, "certain", dense.coding.evidence))
+        findings.append(Finding(FORMAT, dense.coding.format, dense.coding.sure, dense.coding.evidence))
     if rotated:
         findings.append(Finding("boxes", "rotated", "certain", "an angle in the last column"))
     before = (4 if layout == "yolov8" else 5) + rotated
-    classes = Finding("classes", dense.rows.shape[2] - before, "certain", f"{shown} without {before} other columns")
+    count = dense.rows.shape[2] - before
+    told = look.asked.classes or len(look.facts.class_names or [])
+    # An objectness too many is a class too few.
+    sure: Sure = "certain" if count == told or has_objectness.sure == "certain" else "likely"
+    classes = Finding("classes", count, sure, f"{shown} without {before} other columns")
     if look.asked.classes not in (None, classes.value):
         raise look.wrong(f"{classes.value} classes, not {look.asked.classes}", "leave out --classes")
     return HeadFound([*findings, classes], _family(layout, dense))
@@ -147,9 +151,10 @@ def _votes(look: Look, dense: _Dense, logits: bool) -> list[tuple[bool, str]]:
             if count != look.categories:
                 return votes
     for parts in look.facts.concatenated(width):
-        before = int(np.searchsorted(np.cumsum(parts), 4))
-        if np.cumsum(parts)[before] == 4:
-            votes.append((parts[before + 1] == 1, f"a Concat puts {' + '.join(map(str, parts))} columns together"))
+        after = int(np.searchsorted(np.cumsum(parts), 4)) + 1
+        # YOLOv5 and v7 put together xy, wh, and objectness with classes in one: of 2 + 2 + 85 nothing can be told.
+        if sum(parts[:after]) == 4 and (parts[after] == 1 or parts == [4, width - 4]):
+            votes.append((parts[after] == 1, f"a Concat puts {' + '.join(map(str, parts))} columns together"))
             break
     if dense.grid is not None and dense.grid.anchors > 1:
         votes.append((True, f"{dense.grid.anchors} rows a cell, as anchors with objectness have"))
@@ -191,7 +196,7 @@ def read_pair(look: Look) -> HeadFound | None:
         if name != role
     ]
     if not rotated:
-        findings.append(Finding(FORMAT, coding.format, "certain", coding.evidence))
+        findings.append(Finding(FORMAT, coding.format, coding.sure, coding.evidence))
     findings.append(Finding(ACTIVATION, kind, "certain", said))
     if rotated:
         findings.append(Finding("boxes", "rotated", "certain", f"{boxes} has a fifth column, an angle in radians"))

@@ -93,10 +93,14 @@ def find_head(look: Look) -> HeadFound:
         "yolox": read_dense,
         "yolov5_raw": read_maps,
     }
+    if look.asked.output not in (None, *look.first):
+        raise look.wrong(f"no output is named {look.asked.output}", f"give --output {' or '.join(look.first)}")
     asked = look.asked.layout
     for reader in (readers[asked],) if asked else dict.fromkeys(readers.values()):
         found = reader(look)
         if found is not None:
+            if look.asked.anchors is not None and found.layout != "yolov5_raw":
+                raise look.wrong(f"a head of layout {found.layout} takes no anchors", "leave out --anchors")
             return found
     if asked:
         raise look.wrong(f"not of layout {asked}", f"known are {KNOWN}")

@@ -29,8 +29,8 @@ STYLES = {
 STYLE = """
 .engine-graph{--paper:#fff;--ink:#1b1f24;--faint:#57606a;--edge:#8c96a3;--int8:#a7dfba;--half:#b4d2f7;--float:#fbcf9b;
 --moves:#e3e6ea;--other:#f6f8fa;--finding:#c2141f;background:var(--paper)}
-@media (prefers-color-scheme:dark){.engine-graph{--paper:#14181d;--ink:#eef1f4;--faint:#a5afba;--edge:#6b7683;
---int8:#1f6b3c;--half:#24508a;--float:#8a5212;--moves:#3a424c;--other:#22282f;--finding:#ff7b72}}
+@media screen and (prefers-color-scheme:dark){.engine-graph{--paper:#14181d;--ink:#eef1f4;--faint:#a5afba;
+--edge:#6b7683;--int8:#1f6b3c;--half:#24508a;--float:#8a5212;--moves:#3a424c;--other:#22282f;--finding:#ff7b72}}
 .engine-graph text{font:11px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;fill:var(--ink)}
 .engine-graph .small{font-size:10px;fill:var(--ink);opacity:.85}.engine-graph .head{font-size:14px;font-weight:600}
 .engine-graph .paper{fill:var(--paper)}.engine-graph rect.box{stroke:var(--edge)}

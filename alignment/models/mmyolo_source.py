@@ -76,9 +76,9 @@ def load_config(variant: Variant) -> Any:
             importlib.import_module(name)
         config = Config.fromfile(path)
         config.merge_from_dict(dict(source.options))
+        _forget_downloads(config.model)
     except Exception as error:  # a config is Python: anything may come out of it
         raise AlignError(f"{path}: {_line(error)}", "mend the config or the variant's options") from None
-    _forget_downloads(config.model)
     config.load_from = None
     return config
 

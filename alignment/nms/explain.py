@@ -252,6 +252,8 @@ class _Explainer:
         changes = [
             f"equal scores in the {other_end}'s order"
             if name == ORDER
+            else f"IoUs at the threshold as the {other_end} takes them"
+            if getattr(own.semantics, name) == getattr(others.semantics, name)
             else f"{name} {_word(others.semantics, name)} instead of {_word(own.semantics, name)}"
             for name in names
         ]
@@ -331,7 +333,9 @@ def _word(semantics: Semantics, name: str) -> str:
 def _differing(reference: Side, subject: Side) -> Iterator[str]:
     """The parameters in which two sides differ, in the order of `PATH`."""
     for name, _ in PATH:
-        if getattr(reference.semantics, name) != getattr(subject.semantics, name):
+        ours, theirs = (getattr(side.semantics, name) for side in (reference, subject))
+        # How each takes an IoU at the threshold is its own where both round.
+        if ours != theirs or (name == "iou_rounding" and ours and not _same(reference.seen, subject.seen)):
             yield name
     if not all(_same(getattr(reference, name), getattr(subject, name)) for name in ("seen", "seen_rows")):
         yield ORDER

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.quantize.candidates import Candidates
 from alignment.quantize.keep_float import KEEP_FLOAT, write_keep_float
+from alignment.quantize.partial_result import PARTIAL, Goal, Point
 from alignment.quantize.ranking import rank_correlations
 from alignment.quantize.scoring import Score, Scorer
 from alignment.quantize.search import NONE, SWAPS, TRIES, Choice, Kept, Search
@@ -20,34 +21,6 @@ from alignment.quantize.sensitivity import METRICS, Mode, Sensitivity
 from alignment.storage import writing
 
 BUDGET = "give AP=0.3 for 0.3 points of AP (0.003 of 1) lost at most, or agreement=0.95 for that agreement at least"
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is asked for.
-
-    Attributes:
-        kind: ``layers``: so many nodes in float; ``AP``: so many points, hundredths of 0..1, lost at most;
-            ``agreement``: at least that; ``latency``: ms at most.
-        limit: of it.
-    """
-
-    kind: Literal["layers", "AP", "agreement", "latency"]
-    limit: float
-
-    def __str__(self) -> str:
-        return {
-            "layers": f"{self.limit:g} nodes in float",
-            "AP": f"at most {self.limit:g} points of AP lost",
-            "agreement": f"agreement of at least {self.limit:g}",
-            "latency": f"at most {self.limit:g} ms",
-        }[self.kind]
-
-    def accepts(self, score: Score, reference: Score) -> bool:
-        """Whether a score is as good as was asked for, beside that of the float32 network."""
-        if self.kind == "AP":
-            return reference.ap - score.ap <= self.limit / 100
-        return score.agreement >= self.limit
 
 
 def budget(text: str) -> Goal:
@@ -60,36 +33,6 @@ def budget(text: str) -> Goal:
     if kind not in ("AP", "agreement") or not 0 <= limit <= (100 if kind == "AP" else 1):
         raise AlignError(f"--budget {text}: no budget", BUDGET)
     return Goal(kind, limit)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A set of nodes that was scored.
-
-    Attributes:
-        kept: the nodes that stay float, the most sensitive first.
-        int8_macs: the share of the network's multiplications that are done in int8.
-        ap: 0..1.
-        ap_lost: against the float32 network, 0..1.
-        agreement: with the float32 network, 0..1.
-        latency_ms: where it was timed.
-    """
-
-    kept: list[str]
-    int8_macs: float
-    ap: float
-    ap_lost: float
-    agreement: float
-    latency_ms: float | None = None
-
-
-def frontier(points: Iterable[Point], cost: Callable[[Point], float], loss: Callable[[Point], float]) -> list[Point]:
-    """The Pareto front by rising cost: points than which none is as cheap and loses less, nor cheaper and as good."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda point: (cost(point), loss(point))):
-        if not best or loss(point) < loss(best[-1]):
-            best.append(point)
-    return best
 
 
 @dataclass(frozen=True)
@@ -177,7 +120,7 @@ class Partial:
         """Writes ``keep_float.yaml``, ``partial.json`` and ``pareto.svg``, and returns the paths."""
         from alignment.report.pareto import draw_pareto
 
-        paths = [folder / name for name in (KEEP_FLOAT, "partial.json", "pareto.svg")]
+        paths = [folder / name for name in (KEEP_FLOAT, PARTIAL, "pareto.svg")]
         variant = self.candidates.variant
         write_keep_float(paths[0], variant.name, self.candidates.source, self.reasons, variant.quantization)
         with writing(paths[1]) as file:

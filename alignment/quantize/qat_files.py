@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from alignment.quantize.qat import Options, Outcome
 
 
+#: Of the papers and of the options in them, what there is to read.
+_TOLD = {"options", "images", "epochs", "best"}, {"labels", "distill", "learn_scales"}
+
+
 def own_yaml(folder: Path, name: str) -> Path:
     """The YAML file of the variant that came of training the one of this name."""
     return folder / f"{name}_qat.yaml"
@@ -27,12 +31,14 @@ def papers(folder: Path, name: str) -> Path:
 
 
 def read_papers(folder: Path, name: str) -> dict[str, Any]:
-    """What `Outcome.report` said of the training; empty where its file is not there, or is cut short."""
+    """What `Outcome.report` said of the training; empty where its file is not there, or says not all of `_TOLD`."""
     try:
         found = json.loads(papers(folder, name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    parts = (found, found.get("options")) if isinstance(found, dict) else (found, None)
+    whole = all(isinstance(part, dict) and names <= part.keys() for part, names in zip(parts, _TOLD, strict=True))
+    return found if whole else {}
 
 
 def train_into(
@@ -73,6 +79,7 @@ def _write(outcome: Outcome, report: dict[str, Any], variant: Variant, folder: P
         own_yaml(folder, variant.name),
         papers(folder, variant.name),
     )
+    told.unlink(missing_ok=True)  # of an earlier training: killed from here on, the folder is not taken for a whole one
     outcome.trained.save(weights)
     with writing(own) as temporary:
         text = yaml.safe_dump(_fields(variant, weights.name), sort_keys=False, allow_unicode=True, width=1000)

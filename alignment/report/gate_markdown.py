@@ -14,8 +14,8 @@ NAMED = 3
 def headline(result: GateResult) -> str:
     """``stopped: 2 findings in 1 of 4 cases``."""
     stopping = result.stopping
-    cases = {finding.case for finding in stopping if finding.case}
     run = [case for case in result.cases if case.verdict != "skip"]
+    cases = {finding.case for finding in stopping} & {case.id for case in run}  # of an explanation there is no case
     if not stopping:
         return f"passed: {len(run)} case{'s' * (len(run) != 1)}"
     count = f"{len(stopping)} finding{'s' * (len(stopping) != 1)}"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import string
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from alignment.errors import AlignError
-from alignment.quantize.partial import Point, frontier
+from alignment.quantize.partial_result import PartialResult, Point, frontier
+from alignment.report.plot import Mark, Series, key, scatter
 
 
 class _Panel(NamedTuple):
@@ -28,6 +32,8 @@ PANELS = (
     _Panel(MACS, lambda p: 100 * p.int8_macs, "AP lost, points", lambda p: 100 * p.ap_lost, -1, -1),
     _Panel(MACS, lambda p: 100 * p.int8_macs, "agreement with FP32", lambda p: p.agreement, -1, 1),
 )
+#: Of the spread of what is shown: nearer than this, letters lie over each other.
+NEAR = 0.06
 MARKERS = "sDv^<>pPXhd8"
 TIMED = _Panel("latency, ms", lambda p: p.latency_ms, "agreement with FP32", lambda p: p.agreement, 1, 1)
 
@@ -61,6 +67,54 @@ def draw_pareto(path: Path, title: str, points: Sequence[Point], chosen: Point, 
             if place == 1:
                 figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def letters(found: PartialResult) -> dict[str, str]:
+    """Way → the letter that stands for it in `charts`."""
+    return dict(zip(found.ways, string.ascii_lowercase, strict=False))
+
+
+def charts(found: PartialResult) -> list[Markup]:
+    """The same as a legend and SVGs for a page of its own colours, ways by their letters."""
+    panels = [panel for panel in PANELS if found.reference.ap >= 0 or "AP" not in panel.y]
+    panels += [TIMED] if any(point.latency_ms is not None for point in found.points) else []
+    made = [(panel, _series(panel, found)) for panel in panels]
+    drawn = [scatter(f"{panel.y} against {panel.x}", panel.x, panel.y, series) for panel, series in made]
+    return [key(made[0][1]), *drawn]
+
+
+def _series(panel: _Panel, found: PartialResult) -> list[Series]:
+    def marks(points: Sequence[Point], named: str = "") -> list[Mark]:
+        return [
+            Mark(panel.of_x(p), panel.of_y(p), f"{named}{len(p.kept)} in float, {panel.y} {panel.of_y(p):.4g}")
+            for p in points
+        ]
+
+    points = [point for point in found.points if panel.of_x(point) is not None]
+    front = frontier(points, lambda p: panel.dear * panel.of_x(p), lambda p: -panel.good * panel.of_y(p))
+    ways = [(way, point) for way, point in found.ways.items() if panel.of_x(point) is not None]
+    chosen = [found.chosen] if panel.of_x(found.chosen) is not None else []
+    return [
+        Series(f"{len(points)} sets", "faint", "dot", marks(points)),
+        Series("Pareto front", "front", "circle", marks(front), line=True),
+        Series("compared, by letter", "ways", "diamond", _lettered(panel, ways, letters(found))),
+        Series(f"chosen: {len(found.chosen.kept)} in float", "chosen", "star", marks(chosen, "chosen: ")),
+    ]
+
+
+def _lettered(panel: _Panel, ways: Sequence[tuple[str, Point]], of: Mapping[str, str]) -> list[Mark]:
+    """A mark a way; the letters of those that lie too near each other to be read stand beside the first of them."""
+    at = [(panel.of_x(point), panel.of_y(point)) for _, point in ways]
+    apart = [NEAR * (max(axis) - min(axis)) or 1.0 for axis in zip(*at, strict=True)] if at else []
+    texts: dict[int, str] = {}
+    for place, (way, _) in enumerate(ways):
+        near = (k for k in texts if all(abs(at[k][axis] - at[place][axis]) <= apart[axis] for axis in (0, 1)))
+        first = next(near, place)
+        texts[first] = texts.get(first, "") + of.get(way, "")
+    return [
+        Mark(x, y, f"{way}: {panel.y} {y:.4g}", texts.get(place, ""))
+        for place, ((way, _), (x, y)) in enumerate(zip(ways, at, strict=True))
+    ]
 
 
 def require_matplotlib() -> None:

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from alignment.errors import AlignError
-from alignment.report.html import render
 from alignment.report.junit import to_junit
 from alignment.results import SCHEMA_VERSION, Alignment, CaseResult, Explanation, Ladder
 from alignment.storage import writing
@@ -27,16 +26,19 @@ def write_run(alignment: Alignment, folder: Path) -> None:
     """Writes ``alignment.json``, then ``report.html`` and ``junit.xml``, each whole or not at all.
 
     Floats that JSON has no word for are written as the strings ``"Infinity"``, ``"-Infinity"`` and ``"NaN"``, which
-    `read_run` turns back.
+    `read_run` turns back.  The report takes in what other commands left in `folder`: see `alignment.report.gather`.
 
     Args:
         alignment: the results; pictures they name are already in `folder`.
         folder: the RUN folder, made when it does not exist.
     """
+    from alignment.report.gather import beside
+    from alignment.report.html import render
+
     with writing(folder / RESULTS) as file:
         file.write_text(to_json(alignment), encoding="utf-8")
     with writing(folder / REPORT) as file:
-        file.write_text(render(alignment, folder), encoding="utf-8")
+        file.write_text(render(beside(alignment, folder)), encoding="utf-8")
     with writing(folder / JUNIT) as file:
         file.write_text(to_junit(alignment), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,15 +37,20 @@ class PluginNmsRunner(Runner):
         self._boxes, self._scores = node.input
         self._outputs = list(node.output)
         self._given = [output.name for output in model.graph.output]
-        digest = file_digest(path)
-        cut = cache_dir() / "before_plugin" / f"{path.stem}-{digest[:16]}.onnx"
+        # By its own content: weights may lie in another file.
+        content = before_plugin(model, path).SerializeToString(deterministic=True)
+        cut = cache_dir() / "before_plugin" / f"{path.stem}-{hashlib.sha256(content).hexdigest()[:16]}.onnx"
         with locked(cut):
             if not cut.is_file():
                 with writing(cut) as temporary:
-                    onnx.save(before_plugin(model, path), temporary)
+                    temporary.write_bytes(content)
         self._graph = open_graph(cut)
         self.warnings = self._graph.warnings
-        self.provenance = {**self._graph.provenance, "onnx_sha256": digest, "plugin": f"{node.op_type} in NumPy"}
+        self.provenance = {
+            **self._graph.provenance,
+            "onnx_sha256": file_digest(path),
+            "plugin": f"{node.op_type} in NumPy",
+        }
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """See `Runner.run`: the outputs of the file in its order; see `plugin_outputs` for the plugin's own four."""

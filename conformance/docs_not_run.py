@@ -28,6 +28,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     ("align new my_detector *", READER),
     ("align run my_detector.yaml *", READER),
     ("align table runs/yolov8_n runs/my_detector", READER),
+    ("align report runs/* --out report.html", READER),
     ("align gate runs/new --baseline runs/old", READER),
     ("align gate run --baseline last *", READER),
     ("pytest --pyargs conformance --variant my.yaml -m fp32_alignment --golden golden --report run", READER),

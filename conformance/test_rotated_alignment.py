@@ -15,6 +15,7 @@ from alignment.data.samples import open_samples
 from alignment.nms.multiclass import Detections, postprocess
 from alignment.pipeline import RunOptions, align_live, boxes_of
 from alignment.replay import replay
+from alignment.report.gather import beside
 from alignment.report.html import render
 from alignment.results import Alignment, Box, CaseResult
 from alignment.runners.record import ANGLE_STEP, BOX_STEP, Record, record_path
@@ -177,7 +178,7 @@ def test_a_wrong_angle_in_a_record_is_found(live, variant, tmp_path, part):
 
 def page(cases: list[CaseResult], folder: Path) -> str:
     alignment = Alignment(created="", command="", cases=cases)
-    return render(Alignment.model_validate(json.loads(alignment.model_dump_json())), folder)
+    return render(beside(Alignment.model_validate(json.loads(alignment.model_dump_json())), folder))
 
 
 def test_the_report_draws_rotated_boxes_as_polygons(live):

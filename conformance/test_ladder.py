@@ -225,6 +225,8 @@ class TestCommand:
         assert after.cases == before.cases != []
         assert after.dataset == before.dataset != {}
         assert [one.variant for one in after.ladders] == ["yolov5_embedded"]
+        assert align("run", *quick).exit_code in (0, 1)
+        assert read_run(tmp_path).ladders == after.ladders
 
     @pytest.mark.parametrize(
         ("options", "line"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,9 +132,15 @@ def require_folders(named: dict[str, Path | None]) -> None:
 
 
 def write_report(alignment: Alignment, staging: Path, folder: Path) -> None:
-    """Writes a RUN into `folder`.  Pictures leave `staging` only now: what fails on its way leaves nothing behind."""
-    from alignment.report.run_folder import write_run
+    """Writes a RUN into `folder`.  Pictures leave `staging` only now: what fails on its way leaves nothing behind.
 
+    Ladders that lie there stay: they took trainings.
+    """
+    from alignment.report.run_folder import RESULTS, read_run, write_run
+
+    if (folder / RESULTS).is_file():
+        with suppress(AlignError):  # what cannot be read is written over
+            alignment.ladders = alignment.ladders or read_run(folder).ladders
     if (pictures := staging / "pictures").is_dir():
         shutil.copytree(pictures, folder / "pictures", dirs_exist_ok=True)
     write_run(alignment, folder)

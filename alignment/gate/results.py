@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from alignment.errors import AlignError
 from alignment.results import StageName
+from alignment.storage import read_model
 
 SCHEMA_VERSION = 1
 #: ``golden``: a case fails its golden values; ``policy``: a limit of the policy; ``regression`` and ``improvement``:
@@ -108,13 +107,10 @@ class GateResult(_Model):
     @classmethod
     def load(cls, path: Path) -> GateResult:
         """Reads what `align gate --json` wrote.  Raises AlignError for a file that is missing, damaged or another."""
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise AlignError(f"{path}: {error.strerror}", "write one by `align gate --json`") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        except ValueError as error:  # of JSON and of UTF-8
-            what = str(error)
-        raise AlignError(f"{path}: no verdict of the gate: {what}", "make it anew with `align gate --json`")
+        return read_model(
+            cls,
+            path,
+            "no verdict of the gate",
+            "write one by `align gate --json`",
+            "make it anew with `align gate --json`",
+        )

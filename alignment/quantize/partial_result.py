@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from alignment.errors import AlignError
+from alignment.storage import read_model
 
 if TYPE_CHECKING:
     from alignment.quantize.scoring import Score
@@ -125,13 +124,6 @@ class PartialResult(_Model):
     @classmethod
     def load(cls, path: Path) -> PartialResult:
         """Reads what `align partial` wrote.  Raises AlignError for a file that is missing, damaged or another."""
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise AlignError(f"{path}: {error.strerror}", "write one by `align partial`") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        except ValueError as error:  # of JSON and of UTF-8
-            what = str(error)
-        raise AlignError(f"{path}: no result of a search: {what}", "make it anew with `align partial`")
+        return read_model(
+            cls, path, "no result of a search", "write one by `align partial`", "make it anew with `align partial`"
+        )

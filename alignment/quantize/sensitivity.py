@@ -12,17 +12,16 @@ held to the one without the change: float for ``quantize-one``, all of int8 for 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from alignment.errors import AlignError
-from alignment.storage import writing
+from alignment.storage import read_model, writing
 
 Mode = Literal["quantize-one", "leave-one-out"]
 Part = Literal["both", "weights", "activations"]
@@ -127,16 +126,9 @@ class Sensitivity(_Frozen):
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
         """Reads what `save` wrote.  Raises AlignError for a file that is missing, truncated or something else."""
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise AlignError(f"{path}: {error.strerror}", "write one by `align sensitivity`") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        except ValueError as error:  # of JSON and of UTF-8
-            what = str(error)
-        raise AlignError(f"{path}: not a sensitivity sweep: {what}", "delete it, and sweep anew")
+        return read_model(
+            cls, path, "not a sensitivity sweep", "write one by `align sensitivity`", "delete it, and sweep anew"
+        )
 
 
 def require_metric(metric: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import sys
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from alignment.engine.capabilities import Capabilities
-from alignment.errors import AlignError
+from alignment.errors import AlignError, BuildError
 from alignment.export.onnx_export import file_digest
 from alignment.quantize import scoring
 from alignment.quantize.candidates import Candidates
@@ -205,6 +206,14 @@ class TestLatency:
 
     def test_int8_itself_is_too_slow(self):
         assert not Search({"m": "ab"}, additive({"a": 0.1, "b": 0.1})).by_latency(lambda kept: 2, 1).reached
+
+    def test_a_set_of_which_no_engine_comes(self):
+        """Neither of int8 itself nor of any set without b."""
+        gains = additive({"a": 0.2, "b": 0.1, "c": 0.0})
+        found = Search({"m": "abc"}, gains).by_latency(lambda kept: 1 if "b" in kept else math.inf, 1)
+        assert found.reached
+        assert found.chosen == {"a", "b"}
+        assert not Search({"m": "abc"}, gains).by_latency(lambda kept: math.inf, 1).reached
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
@@ -587,6 +596,17 @@ class TestCommand:
         assert not report["reached"]
         assert report["chosen"]["latency_ms"] == 2
         ElementTree.parse(tmp_path / "pareto.svg")
+
+    def test_no_engine_of_any_set(self, ranked, tmp_path, monkeypatch):
+        def fails(*asked: object) -> float:
+            raise BuildError(f"level {asked[-1]}: TensorRT cannot build it", "look it up")
+
+        monkeypatch.setattr(Capabilities, "current", lambda: Capabilities.of("8.6.1"))
+        monkeypatch.setattr("alignment.runners.int8.qdq_latency", fails)
+        run = align("partial", *ranked, "--latency", "1.5", "--level", "2", "--tries", "1", "--out", tmp_path)
+        assert run.exit_code == 1, run.output
+        assert "no engine with nothing more in float: level 2: TensorRT cannot build it" in run.stdout
+        assert json.loads((tmp_path / "partial.json").read_text())["chosen"]["latency_ms"] is None
 
     def test_without_a_ranking(self, ranked, tmp_path):
         """It sweeps by itself."""

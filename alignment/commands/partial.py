@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +22,7 @@ from alignment.commands.console import (
     require_folders,
     stage_bars,
 )
-from alignment.errors import AlignError
+from alignment.errors import AlignError, BuildError
 from alignment.variant import load_variant, with_quantization
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def partial(
     ] = None,
     metric: Annotated[str, typer.Option(help="of the ranking, by which nodes are tried")] = "agreement",
     tries: Annotated[int, typer.Option(min=1, help="try so many of the best-ranked nodes at each step")] = 8,
+    level: Annotated[int, typer.Option(min=0, max=5, help="with --latency: of the builder; 3 is what is deployed")] = 3,
     swaps: Annotated[int, typer.Option(min=0, help="with --layers: exchange nodes of the set so often at most")] = 3,
     policy: Policy = None,
     plain: Plain = False,
@@ -77,7 +79,7 @@ def partial(
     chosen = with_quantization(load_variant(variant), recipe_changes(plain, policy))
     given = None if ranking is None else Sensitivity.load(ranking)
     candidates, scorer = Candidates(chosen, data), Scorer(chosen, data, images)
-    timed = _timer(candidates, scorer) if goal.kind == "latency" else None
+    timed = _timer(candidates, scorer, level) if goal.kind == "latency" else None
     with stage_bars(chosen.name) as show:
         asked = (given or swept(candidates, scorer, show), goal, metric, tries, swaps, timed)
         found = search(candidates, scorer, *asked, lambda done, most: show("sets, at most", done, most))
@@ -106,12 +108,20 @@ def _goal(budget: str | None, layers: int | None, latency: float | None) -> Goal
     return Goal("latency", latency or 0.0)
 
 
-def _timer(candidates: Candidates, scorer: Scorer) -> Callable[[Kept], float]:
-    """Times a set on TensorRT."""
+def _timer(candidates: Candidates, scorer: Scorer, level: int) -> Callable[[Kept], float]:
+    """Times a set on TensorRT; infinity, and why, where no engine comes of it."""
     from alignment.runners.int8 import qdq_latency
 
     image = next(iter(scorer.samples)).tensor
-    return lambda kept: qdq_latency(candidates.variant, candidates.quantized(kept), image)
+
+    def timed(kept: Kept) -> float:
+        try:
+            return qdq_latency(candidates.variant, candidates.quantized(kept), image, level)
+        except BuildError as error:
+            out.print(f"no engine with {', '.join(sorted(kept)) or 'nothing more'} in float: {error}", markup=False)
+            return math.inf
+
+    return timed
 
 
 def _print(found: Partial) -> None:

@@ -67,8 +67,9 @@ class Partial:
         """A set that was scored."""
         score, share = self.search.scores[kept], self.candidates.int8_share(kept)
         lost = self.reference.ap - score.ap
-        latency = self.search.latencies.get(kept)
-        return Point(self.search.ranked(kept), share, score.ap, lost, score.agreement, latency)
+        latency = self.search.latencies.get(kept, math.inf)
+        timed = latency if math.isfinite(latency) else None
+        return Point(self.search.ranked(kept), share, score.ap, lost, score.agreement, timed)
 
     @property
     def points(self) -> list[Point]:

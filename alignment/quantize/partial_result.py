@@ -55,7 +55,7 @@ class Point:
         ap: 0..1.
         ap_lost: against the float32 network, 0..1.
         agreement: with the float32 network, 0..1.
-        latency_ms: where it was timed.
+        latency_ms: where it was timed, and an engine came of it.
     """
 
     kept: list[str]

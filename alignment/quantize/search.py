@@ -148,13 +148,15 @@ class Search:
         It grows by the node with which it scores best, as long as that helps, and is fast enough.
 
         Args:
-            latency: times a set, in ms; it is asked once for each, and only for those that score better.
+            latency: times a set, in ms, infinity where no engine comes of it; it is asked once for each, and only for
+                those that score better.
             limit: in ms.
         """
         self.most = 1 + len(self.ranking) * (self.tries + 1)
         kept = NONE
-        reached = self._timed(kept, latency) <= limit
-        while reached:
+        # What is float costs time: where the whole in int8 is too slow, no set is fast enough.
+        hopeful = self._timed(kept, latency) <= limit or math.isinf(self._timed(kept, latency))
+        while hopeful:
             better = [kept | {node} for node in self._untaken(kept)]
             better = [s for s in better if worth(self.score(s)) > worth(self.score(kept))]
             better.sort(key=lambda s: worth(self.score(s)), reverse=True)
@@ -163,7 +165,7 @@ class Search:
                 break
             kept = step
         self.score(kept)
-        return Choice(kept, reached, {"greedy": kept})
+        return Choice(kept, self._timed(kept, latency) <= limit, {"greedy": kept})
 
     def needed(self, kept: Kept) -> dict[str, float]:
         """By how much agreement falls when one member alone goes back to int8, the most sensitive first."""

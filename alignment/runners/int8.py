@@ -125,21 +125,23 @@ def explicit(path: Path, patterns: Sequence[str] = (), batch: int = 1) -> BuildO
     )
 
 
-def qdq_latency(variant: Variant, quantized: Quantized, image: np.ndarray) -> float:
+def qdq_latency(variant: Variant, quantized: Quantized, image: np.ndarray, level: int = LATENCY_LEVEL) -> float:
     """Milliseconds on the GPU for one image in an engine of the QDQ graph: the median of `REPEATS` runs.
 
     Args:
         variant: that was quantized.
         quantized: of it.
         image: ``[3, H, W] float32``.
+        level: of the builder.
 
     Raises:
-        AlignError: TensorRT cannot run here, or cannot build the engine.
+        AlignError: TensorRT cannot run here.
+        BuildError: it builds no engine of the graph.
     """
     from alignment.runners.tensorrt import TensorRTRunner
 
     path, options, _ = tensorrt_build(variant, Case(variant.name, "tensorrt", "int8", "qdq"), quantized)
-    with TensorRTRunner(path, dataclasses.replace(options, optimization_level=LATENCY_LEVEL)) as runner:
+    with TensorRTRunner(path, dataclasses.replace(options, optimization_level=level)) as runner:
         return float(np.median(runner.latency(image[None], REPEATS, WARMUP)))
 
 

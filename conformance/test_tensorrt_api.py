@@ -293,7 +293,7 @@ def test_failed_build_leaves_nothing(onnx_file, built, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "build_engine", fails)
     with pytest.raises(AlignError):
         cached_engine(onnx_file, BuildOptions())
-    assert not list((tmp_path / "cache" / "engines").glob("*"))
+    assert not list((tmp_path / "cache").glob("entries/*/*"))
 
 
 def test_not_an_onnx_file(built, tmp_path):

@@ -48,22 +48,22 @@ class TensorRTRunner(Runner):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._memory = _Memory()
         self._allocated: set[str] = set()  # outputs whose size only the data tell
-        engine = cached_engine(onnx_path, options, images)
+        found = cached_engine(onnx_path, options, images)
         try:
             try:
-                self._load(engine.plan)
+                self._load(found.plan)
             except _UnloadableError as error:
-                if not engine.from_cache:
+                if not found.from_cache:
                     raise
                 discard(engine_key(onnx_path, options, images), error.what)
-                engine = cached_engine(onnx_path, options, images)
-                self._load(engine.plan)
+                found = cached_engine(onnx_path, options, images)
+                self._load(found.plan)
         except BaseException:
             self.close()
             raise
-        self._size = len(engine.plan)
-        self.warnings = warnings_of([*engine.messages, *self._log.messages])
-        self.provenance = self._provenance(options, engine.plan, engine.from_cache)
+        self._size = len(found.plan)
+        self.warnings = warnings_of([*found.messages, *self._log.messages])
+        self.provenance = self._provenance(options, found.plan, found.from_cache)
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """See `Runner.run`.  Float16 outputs come as float32, all others in the engine's own type.

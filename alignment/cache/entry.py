@@ -58,7 +58,7 @@ class Key:
     @property
     def inputs_folder(self) -> Path:
         """The same without the versions: what the names of all entries of these inputs begin with."""
-        name = re.sub(r"[^\w.-]", "_", self.name).lstrip(".")[:_NAME]
+        name = re.sub(r"[^a-zA-Z0-9_.-]", "_", self.name).lstrip(".")[:_NAME]
         return entries_dir() / self.kind / f"{name}-{digest_of(self.inputs)[:16]}"
 
 

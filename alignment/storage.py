@@ -111,7 +111,10 @@ def remove(path: Path) -> None:
 
 def lock_of(path: Path) -> Path:
     """The lock file between processes that belongs to the artefact `path`; it lies in the cache, not beside it."""
-    digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    whole, root = path.absolute(), cache_dir().absolute()
+    # Another process may know the cache by another name.
+    known = whole.relative_to(root) if whole.is_relative_to(root) else whole
+    digest = hashlib.sha256(str(known).encode()).hexdigest()[:16]
     return cache_dir() / "locks" / f"{path.name}-{digest}.lock"
 
 

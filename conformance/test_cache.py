@@ -293,6 +293,18 @@ class TestPrune:
         assert leases.leased() == {folder}
         assert folder.exists()
 
+    @pytest.mark.parametrize("given", ["a link", "a relative path"])
+    def test_it_stays_for_who_knows_the_cache_by_another_name(self, cache, monkeypatch, given):
+        kept(KEY, writer())
+        other = cache.with_name("other")
+        other.symlink_to(cache)
+        monkeypatch.chdir(cache.parent)
+        monkeypatch.setenv("ALIGN_CACHE", str(other) if given == "a link" else cache.name)
+        assert len(room.prune(everything=True).held) == 1
+        with holding(Key("score", "s"), writer()):
+            monkeypatch.setenv("ALIGN_CACHE", str(cache))
+            assert len(room.prune(everything=True).held) == 2
+
     def test_leftovers_go_unless_their_writer_is_at_work(self):
         left = KEY.folder.with_name(f".{KEY.folder.name}.abcd_123")
         left.mkdir(parents=True)

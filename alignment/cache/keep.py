@@ -119,7 +119,11 @@ def _say_other_versions(key: Key) -> None:
     """Says once in a process and for a kind why what was kept of the same inputs is of no use."""
     for folder in key.folder.parent.glob(f"{key.inputs_folder.name}-*"):
         try:
-            Entry.read(folder).require(key)
+            entry = Entry.read(folder)
+        except RefusedError:
+            continue
+        try:
+            entry.require(key)
         except RefusedError as reason:
             if (said := (key.kind, str(reason))) not in _said:
                 _said.add(said)

@@ -10,6 +10,7 @@ import atexit
 import os
 import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -33,10 +34,12 @@ def take(folder: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             _own[os.getpid(), place] = path, lock, set()
         path, _, names = _own[os.getpid(), place]
-        if str(folder) not in names:
-            names.add(str(folder))
+        # Within the cache, which another process may know by another name.
+        name = folder.relative_to(cache_dir()).as_posix()
+        if name not in names:
+            names.add(name)
             with path.open("a", encoding="utf-8") as file:
-                file.write(f"{folder}\n")
+                file.write(f"{name}\n")
 
 
 def leased() -> set[Path]:
@@ -47,7 +50,7 @@ def leased() -> set[Path]:
             if dead:
                 path.unlink(missing_ok=True)
             else:
-                found.update(map(Path, path.read_text(encoding="utf-8").splitlines()))
+                found.update(cache_dir() / name for name in path.read_text(encoding="utf-8").splitlines())
     return found
 
 
@@ -55,6 +58,7 @@ def leased() -> set[Path]:
 def _end() -> None:
     for (process, _), (path, lock, _) in _own.items():
         if process == os.getpid():
-            path.unlink(missing_ok=True)
-            Path(lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
+                Path(lock.lock_file).unlink()
             lock.release()

@@ -205,8 +205,8 @@ class Interrupted(Simulated):
 
 
 def test_a_killed_search_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr("alignment.cache.value", values_in(tmp_path))
     faults = planted(SMALL, "clip", 2, blocks=1).candidate.faults
+    monkeypatch.setattr("alignment.cache.value", values_in(tmp_path))
 
     def comparison() -> Comparison:
         return Comparison(reference(SMALL).graph, reference(SMALL), Interrupted(faults, seed=3))

@@ -1,5 +1,5 @@
 """``align``: run, new, report, gate, table, export, quantize, sensitivity, partial, qat, ladder, culprit, layers,
-explain, inspect, variants, doctor, schema, synthetic.
+explain, inspect, variants, doctor, cache, schema, synthetic.
 
 Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 """
@@ -17,6 +17,7 @@ import typer
 from rich.table import Column, Table
 
 from alignment.case import ROUTES
+from alignment.commands import cache
 from alignment.commands.console import (
     Data,
     Golden,
@@ -228,6 +229,10 @@ app.command()(reported(inspect))
 app.command()(reported(gate))
 app.command()(reported(new))
 app.command()(reported(report))
+kept = typer.Typer(no_args_is_help=True, help="What is kept in ALIGN_CACHE: list it, or make room.")
+kept.command()(reported(cache.ls))
+kept.command()(reported(cache.prune))
+app.add_typer(kept, name="cache")
 
 
 @app.command()

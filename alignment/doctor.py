@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from alignment.cache import room
 from alignment.engine import capabilities, plugins
 from alignment.errors import QUANTIZATION_MEND, AlignError
 from alignment.storage import cache_dir, data_dir
@@ -65,7 +66,13 @@ def examine() -> Iterator[Diagnosis]:
     )
     records = sorted((golden_dir() / "records").glob("*.json"))
     yield Diagnosis("records", "ok" if records else "note", f"{len(records)} to replay in {golden_dir() / 'records'}")
-    yield Diagnosis("cache", "ok" if os.access(_existing(cache_dir()), os.W_OK) else "missing", str(cache_dir()))
+    yield _cache()
+
+
+def _cache() -> Diagnosis:
+    size = sum(item.size for item in room.contents(describe=False))
+    detail = f"{cache_dir()}: {room.human(size)} of {room.human(room.allowed())}"
+    return Diagnosis("cache", "ok" if os.access(_existing(cache_dir()), os.W_OK) else "missing", detail)
 
 
 def _versions() -> Diagnosis:

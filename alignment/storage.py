@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import platformdirs
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from alignment.errors import AlignError
@@ -97,20 +97,48 @@ def writing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder; a folder is gone at once or not at all."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    doomed = path
+    if not path.name.startswith("."):
+        doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def lock_of(path: Path) -> Path:
+    """The lock file between processes that belongs to the artefact `path`; it lies in the cache, not beside it."""
+    whole, root = path.absolute(), cache_dir().absolute()
+    # Another process may know the cache by another name.
+    known = whole.relative_to(root) if whole.is_relative_to(root) else whole
+    digest = hashlib.sha256(str(known).encode()).hexdigest()[:16]
+    return cache_dir() / "locks" / f"{path.name}-{digest}.lock"
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock between processes that belongs to the artefact `path`; it lies in the cache, not beside it."""
-    folder = cache_dir() / "locks"
-    digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
-    lock = FileLock(folder / f"{path.name}-{digest}.lock")
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of the artefact `path`; gives whether it is held, which without `wait` it may not be."""
+    with acquired(lock_of(path), wait) as held:
+        yield held
+
+
+@contextmanager
+def acquired(file: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock file, see `locked`."""
+    lock = FileLock(file)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        pass
     except OSError as error:
         reason = error.strerror or error
         raise AlignError(f"{cache_dir()}: {reason}", "set ALIGN_CACHE to a folder that can be written") from None
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
 

@@ -31,6 +31,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     ("align report runs/* --out report.html", READER),
     ("align gate runs/new --baseline runs/old", READER),
     ("align gate run --baseline last *", READER),
+    ("align cache prune*", "reads and removes what whoever runs the suite has kept; test_cache.py runs it"),
     ("pytest --pyargs conformance --variant my.yaml -m fp32_alignment --golden golden --report run", READER),
     ("pytest -m *", SUITE),
     ("tox *", ENVIRONMENT),

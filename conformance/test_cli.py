@@ -8,11 +8,10 @@ from pathlib import Path
 
 import onnx
 import pytest
-import typer
 import yaml
 from command_line import RUN, align, checkpoint, dataset, python, truncated
 
-from alignment import cli
+from alignment.reference.command_line import commands
 from alignment.results import SCHEMA_VERSION, Alignment
 from alignment.variant import ZOO, golden_dir
 
@@ -156,7 +155,7 @@ def test_doctor_says_which_tensorrt_was_run_and_which_only_checked_by_name():
     assert finding.detail == "executed: 8.6.1; checked by API name only: 10.16.1, 11.4.0"
 
 
-@pytest.mark.parametrize("command", typer.main.get_command(cli.app).commands.values(), ids=lambda command: command.name)
+@pytest.mark.parametrize("command", commands().values(), ids=commands())
 def test_every_command_argument_and_option_says_what_it_is(command):
     assert command.help
     assert all(parameter.help for parameter in command.params), [p.name for p in command.params if not p.help]

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from command_line import align
 from onnx import ModelProto
+from own_cache import values_in
 from typer.testing import CliRunner
 
 from alignment.commands.culprit import culprit
@@ -47,7 +48,7 @@ def cache(tmp_path_factory):
     pytest.importorskip("mmyolo")
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("alignment.engine.gap.cache_dir", lambda: folder)
+        patch.setattr("alignment.cache.value", values_in(folder))
         yield folder
 
 
@@ -204,8 +205,8 @@ class Interrupted(Simulated):
 
 
 def test_a_killed_search_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr("alignment.engine.gap.cache_dir", lambda: tmp_path)
     faults = planted(SMALL, "clip", 2, blocks=1).candidate.faults
+    monkeypatch.setattr("alignment.cache.value", values_in(tmp_path))
 
     def comparison() -> Comparison:
         return Comparison(reference(SMALL).graph, reference(SMALL), Interrupted(faults, seed=3))
@@ -213,9 +214,8 @@ def test_a_killed_search_goes_on(monkeypatch, tmp_path):
     first = comparison()
     with pytest.raises(KeyboardInterrupt):
         search(first.bad, first.units)
-    kept = json.loads(first.path.read_text())["measured"]
     assert first.builds == 8  # the last was begun
-    assert len(kept) == 7
+    assert len(first.measured) == len(list(tmp_path.glob("entries/gap/*/value.json"))) == 7
     Interrupted.left = 1000
     again = comparison()
     found = search(again.bad, again.units)
@@ -225,7 +225,9 @@ def test_a_killed_search_goes_on(monkeypatch, tmp_path):
     assert search(third.bad, third.units) == found
     assert third.builds == 0
     # Another fault, image, or graph is another search.
-    assert Comparison(again.subject, again.reference, Simulated(seed=3)).path != again.path
+    other = Comparison(again.subject, again.reference, Simulated(seed=3))
+    other.measure(())
+    assert other.builds == 1
 
 
 class Broken(Simulated):

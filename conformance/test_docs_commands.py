@@ -16,18 +16,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import typer
 from command_line import align
 from docs_not_run import NOT_RUN, reason
 from documentation import PROGRAMS, ROOT, Command, Shown, commands, inline, name, pages, steps
 
-from alignment.cli import app
 from alignment.engine import capabilities
 from alignment.pytest_plugin import MARKERS
+from alignment.reference.command_line import commands as commands_of_align
 
 if not (ROOT / "mkdocs.yml").is_file():
     pytest.skip("not in a checkout", allow_module_level=True)
-ALIGN = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+ALIGN = commands_of_align()
 EVERY = [command for page in pages() for command in commands(page)]
 #: Images, where a page takes all and shows no output.
 FEW = 4
@@ -39,12 +38,19 @@ def options(words: list[str]) -> list[str]:
     return [word.partition("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]
 
 
+def joined(words: list[str]) -> list[str]:
+    """The same, with the two words of a command of a group as one."""
+    both = " ".join(words[:2])
+    return [both, *words[2:]] if both in ALIGN else words
+
+
 def wrong_align(words: list[str], inline: bool, synopsis: bool) -> str | None:
     """What the command line has against ``align`` with these words; in running text something may be left out."""
     if not words:
         return None if inline else "no command"
+    words = joined(words)
     if words[0] not in ALIGN:
-        return f"no command {words[0]}"
+        return None if inline and any(name.startswith(f"{words[0]} ") for name in ALIGN) else f"no command {words[0]}"
     command = ALIGN[words[0]]
     offered = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
     for option in options(words[1:]):
@@ -168,7 +174,7 @@ def run(command: Command) -> tuple[int, str]:
     """Exit status and output."""
     program, *words = command.words
     if program == "align":
-        offered = {option for parameter in ALIGN[words[0]].params for option in parameter.opts}
+        offered = {option for parameter in ALIGN[joined(words)[0]].params for option in parameter.opts}
         few = ["--images", FEW] if command.prints is None and "--images" in offered - set(words) else []
         done = align(*words, *few)
         return done.exit_code, done.stdout + (repr(done.exception) if done.exit_code not in (0, 1, 2) else done.stderr)

@@ -319,7 +319,7 @@ def test_an_interrupted_export_leaves_nothing_behind(quick, variant, tmp_path, m
             exported(variant)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
     done = exported(variant)
-    assert {path for path in done.onnx.parent.iterdir()} == {done.onnx, done.node_map}
+    assert {path for path in done.onnx.parent.iterdir()} == {done.onnx, done.node_map, done.onnx.parent / "entry.json"}
 
 
 def test_an_exporter_that_writes_another_opset_is_caught(quick, variant, tmp_path):

@@ -18,11 +18,11 @@ from command_line import align, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from own_cache import values_in
 
 from alignment.engine.capabilities import Capabilities
 from alignment.errors import AlignError, BuildError
 from alignment.export.onnx_export import file_digest
-from alignment.quantize import scoring
 from alignment.quantize.candidates import Candidates
 from alignment.quantize.keep_float import adopted, read_keep_float, write_keep_float
 from alignment.quantize.partial import Goal, Point, budget, partial
@@ -389,7 +389,7 @@ def yolov8() -> SimpleNamespace:
 @pytest.fixture
 def own_scores(monkeypatch, tmp_path):
     """No scores but those of this test."""
-    monkeypatch.setattr(scoring, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr("alignment.cache.value", values_in(tmp_path / "cache"))
 
 
 class TestScorer:

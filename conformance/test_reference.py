@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import typer
 from pydantic import BaseModel
 
 from alignment import golden, pytest_plugin, variant
-from alignment.cli import app
 from alignment.gate import policy
 from alignment.nms import implementations
 from alignment.nms.semantics import Semantics
 from alignment.onnx_head import OnnxHead
 from alignment.reference import nms
+from alignment.reference.command_line import commands
 from alignment.reference.markdown import prose, table
 from alignment.reference.pages import PAGES, home
 
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = commands()
 
 
 def rows(text: str) -> list[list[str]]:

@@ -23,6 +23,7 @@ from alignment.engine.capabilities import BEHIND, Capabilities, Gpu
 from alignment.engine.int8 import CalibrationImages
 from alignment.engine.log import Log, Message, warnings_of
 from alignment.errors import AlignError, BuildError
+from alignment.runners import tensorrt
 
 
 def test_listing_is_there():
@@ -275,6 +276,37 @@ def test_engine_is_built_anew_after_a_change(onnx_file, built, monkeypatch, chan
     assert cached_engine(onnx_file, options).plan == b"engine 2"
 
 
+def test_a_truncated_engine_is_refused_and_built_anew(onnx_file, built, caplog):
+    cached_engine(onnx_file, BuildOptions())
+    (build.engine_key(onnx_file, BuildOptions()).folder / "engine.plan").write_bytes(b"eng")
+    assert cached_engine(onnx_file, BuildOptions()).plan == b"engine 2"
+    assert cached_engine(onnx_file, BuildOptions()).plan == b"engine 2"
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "is refused: engine.plan has 3 bytes, 8 were written" in line
+
+
+def test_a_kept_engine_that_tensorrt_cannot_load_is_refused_once(onnx_file, built, caplog, monkeypatch):
+    loaded: list[bytes] = []
+
+    def load(self, plan: bytes) -> None:
+        loaded.append(plan)
+        if plan == b"engine 1":
+            raise tensorrt._UnloadableError("x.onnx: TensorRT cannot load its engine: another driver")
+
+    cached_engine(onnx_file, BuildOptions())
+    monkeypatch.setattr(tensorrt.TensorRTRunner, "_load", load)
+    monkeypatch.setattr(tensorrt.TensorRTRunner, "_provenance", lambda self, options, plan, from_cache: from_cache)
+    assert tensorrt.TensorRTRunner(onnx_file, BuildOptions()).provenance is False
+    assert loaded == [b"engine 1", b"engine 2"]
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.endswith("is refused: x.onnx: TensorRT cannot load its engine: another driver: it is made anew")
+    assert tensorrt.TensorRTRunner(onnx_file, BuildOptions()).provenance is True
+    # One that is fresh, and cannot be loaded, is no fault of the cache.
+    monkeypatch.setattr(tensorrt.TensorRTRunner, "_load", lambda self, plan: load(self, b"engine 1"))
+    with pytest.raises(AlignError, match="another driver"):
+        tensorrt.TensorRTRunner(onnx_file, BuildOptions(precision="fp16"))
+
+
 def test_external_weights_belong_to_the_key(onnx_file, built):
     model = onnx.load(onnx_file)
     weight = helper.make_tensor("w", TensorProto.FLOAT, [3], b"\0" * 12, raw=True)
@@ -293,7 +325,7 @@ def test_failed_build_leaves_nothing(onnx_file, built, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "build_engine", fails)
     with pytest.raises(AlignError):
         cached_engine(onnx_file, BuildOptions())
-    assert not list((tmp_path / "cache" / "engines").glob("*"))
+    assert not list((tmp_path / "cache").glob("entries/*/*"))
 
 
 def test_not_an_onnx_file(built, tmp_path):

@@ -7,10 +7,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignment.cache import Key, kept
 from alignment.data.coco import CocoDataset, annotation_file, read_image
 from alignment.data.synthetic import synthetic_root
 from alignment.errors import AlignError
-from alignment.storage import cache_dir, data_dir, locked, writing_folder
+from alignment.storage import data_dir
 
 SPLIT = "val2017"
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -72,15 +73,15 @@ def unlabelled_root(folder: Path, classes: int) -> Path:
     paths = files_in(folder)
     stats = [(path.name, path.stat()) for path in paths]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    key = json.dumps([str(folder.absolute()), files, classes])
-    root = cache_dir() / "unlabelled" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    with locked(root):
-        if not root.exists():
-            with writing_folder(root) as temporary:
-                (temporary / "annotations").mkdir()
-                (temporary / SPLIT).symlink_to(folder.absolute(), target_is_directory=True)
-                annotation_file(temporary, SPLIT).write_text(json.dumps(_annotations(paths, classes)))
-    return root
+    listed = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    inputs = {"folder": str(folder.absolute()), "files_sha256": listed, "classes": classes}
+
+    def write(root: Path) -> None:
+        (root / "annotations").mkdir()
+        (root / SPLIT).symlink_to(folder.absolute(), target_is_directory=True)
+        annotation_file(root, SPLIT).write_text(json.dumps(_annotations(paths, classes)))
+
+    return kept(Key("unlabelled", folder.name, inputs), write)
 
 
 def _annotations(paths: list[Path], classes: int) -> dict[str, list]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from alignment.cache import Key, kept
 from alignment.data.coco import annotation_file
-from alignment.storage import cache_dir, locked, writing_folder
 
 # COCO's category ids have gaps and class indices do not: the gaps here keep that mapping honest.
 CATEGORIES = {1: "disc", 2: "square", 3: "triangle", 5: "ring", 8: "cross", 13: "star"}
@@ -34,15 +34,13 @@ def synthetic_root() -> Path:
 
 
 def cached_splits(name: str, counts: dict[str, int], write: Callable[[Path, str, int], None]) -> Path:
-    """The folder `name` of the cache; where it is not there yet, `write` draws so many images of each split into it."""
-    root = cache_dir() / name
-    if not root.exists():
-        with locked(root):
-            if not root.exists():
-                with writing_folder(root) as folder:
-                    for split, count in counts.items():
-                        write(folder, split, count)
-    return root
+    """A folder `name` in the cache, into which `write` has drawn so many images of each split."""
+
+    def draw_all(folder: Path) -> None:
+        for split, count in counts.items():
+            write(folder / name, split, count)
+
+    return kept(Key("images", name, {"images": counts}), draw_all) / name
 
 
 def write_split(root: Path, split: str, count: int) -> None:

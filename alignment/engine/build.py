@@ -16,13 +16,13 @@ from typing import Any, Literal, NamedTuple
 import onnx
 from google.protobuf.message import DecodeError
 
+from alignment.cache import Key, holding
 from alignment.engine.capabilities import Capabilities, gpu, require
 from alignment.engine.int8 import CalibrationImages, CalibratorKind, make_calibrator, set_ranges
 from alignment.engine.log import Log, Message, listening, warnings_of
 from alignment.engine.registry import plugin_identity, register_plugins
 from alignment.errors import AlignError, BuildError
 from alignment.export.onnx_export import file_digest
-from alignment.storage import cache_dir, locked, writing
 
 # Raise it when the same options come to mean another engine: cached ones are then left alone.
 RECIPE = 3
@@ -31,6 +31,8 @@ LEVELS = range(0, 6)
 # Variables that change what TensorRT builds; they belong to an engine's identity.
 NO_CUBLAS = "ALIGN_TRT_NO_CUBLAS"
 ENVIRONMENT = (NO_CUBLAS, "NVIDIA_TF32_OVERRIDE")
+# Files of an entry in the cache.
+_PLAN, _MESSAGES, _CALIBRATION = "engine.plan", "messages.json", "calibration.txt"
 
 
 @dataclass(frozen=True)
@@ -113,43 +115,52 @@ def build_environment() -> dict[str, str]:
 
 
 def cached_engine(onnx_path: Path, options: BuildOptions, images: CalibrationImages | None = None) -> Engine:
-    """The engine of `onnx_path`, from the cache or built now.
-
-    Its key is the content of the ONNX file, its weight files and plugin library, the options, the `images` that a
-    calibrator reads, the build variables, TensorRT's version and the GPU.  A second process waits for the first.
+    """The engine of `onnx_path`, from the cache or built now; see `engine_key`.  A second process waits for the first.
 
     Raises:
         AlignError: TensorRT cannot run here, or cannot build it.
     """
+    log, built = Log(), []
+
+    def build(folder: Path) -> None:
+        built.append(build_engine(onnx_path, options, log, images))
+        (folder / _PLAN).write_bytes(built[0])
+        (folder / _MESSAGES).write_text(json.dumps(log.messages), encoding="utf-8")
+        if images:
+            (folder / _CALIBRATION).write_text(images.cache, encoding="utf-8")
+
+    with holding(engine_key(onnx_path, options, images), build) as folder:
+        if built:
+            return Engine(built[0], log.messages, False)
+        if images:
+            images.cache = (folder / _CALIBRATION).read_text(encoding="utf-8")
+        messages = json.loads((folder / _MESSAGES).read_text(encoding="utf-8"))
+        return Engine((folder / _PLAN).read_bytes(), [Message(*message) for message in messages], True)
+
+
+def engine_key(onnx_path: Path, options: BuildOptions, images: CalibrationImages | None = None) -> Key:
+    """What an engine is known by: the content of the ONNX file, its weight files and plugin library, the options, the
+    `images` that a calibrator reads, and the build variables; made by TensorRT's version on a GPU.
+
+    Raises:
+        AlignError: TensorRT cannot run here, or a file cannot be read.
+    """
     require()
     device = gpu()
-    key = {
-        "onnx": [file_digest(path) for path in [onnx_path, *_weight_files(onnx_path)]],
+    inputs = {
+        "onnx_sha256": [file_digest(path) for path in [onnx_path, *_weight_files(onnx_path)]],
+        "precision": options.precision,
         "options": options.fingerprint(),
         "images": images.identity if images else "",
         "environment": build_environment(),
-        "tensorrt": Capabilities.current().version,
-        "gpu": [device.name, device.compute_capability],
         **plugin_identity(onnx_path),
     }
-    path = cache_dir() / "engines" / f"{_hash(key)[:32]}.engine"
-    messages, table = path.with_suffix(".json"), path.with_suffix(".calibration")
-    with locked(path):
-        if path.is_file() and messages.is_file() and (images is None or table.is_file()):
-            if images:
-                images.cache = table.read_text(encoding="utf-8")
-            kept = [Message(*message) for message in json.loads(messages.read_text(encoding="utf-8"))]
-            return Engine(path.read_bytes(), kept, True)
-        log = Log()
-        plan = build_engine(onnx_path, options, log, images)
-        if images:
-            with writing(table) as temporary:
-                temporary.write_text(images.cache, encoding="utf-8")
-        with writing(messages) as temporary:
-            temporary.write_text(json.dumps(log.messages), encoding="utf-8")
-        with writing(path) as temporary:
-            temporary.write_bytes(plan)
-    return Engine(plan, log.messages, False)
+    versions = {
+        "tensorrt": Capabilities.current().version,
+        "gpu": device.name,
+        "compute_capability": device.compute_capability,
+    }
+    return Key("engine", onnx_path.stem, inputs, versions)
 
 
 def build_engine(onnx_path: Path, options: BuildOptions, log: Log, images: CalibrationImages | None = None) -> bytes:

@@ -17,20 +17,20 @@ and of hardly more than 1 among 90, whose rounding hides it.  A set of which no 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto
 
+from alignment import cache
 from alignment.engine.qdq_backends import HALF_NOISE, NodeByNode, QdqBackend, in_half, noisy
 from alignment.errors import AlignError, BuildError
 from alignment.quantize.pairs import QdqGraph
-from alignment.storage import cache_dir, locked, writing
 
 # Raise it when the same graphs come to be measured otherwise: what was kept is then left alone.
 RECIPE = 1
@@ -93,6 +93,15 @@ class Measured:
     seconds: float
     failure: str = ""
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Measured:
+        """Of what `asdict` gave, from JSON."""
+        outputs = {
+            name: Distances(**{kind: tuple(each) for kind, each in distances.items()})
+            for name, distances in fields["outputs"].items()
+        }
+        return cls(tuple(fields["units"]), outputs, fields["seconds"], fields["failure"])
+
 
 class Reference:
     """ONNX Runtime on parts of a QDQ graph, node by node, and what an engine may differ by; each part once.
@@ -129,7 +138,7 @@ class Reference:
 
 
 class Comparison:
-    """Measures sets of units, each once: what was measured is kept in a file, whole after each.
+    """Measures sets of units, each once: what was measured is kept in the cache.
 
     Args:
         subject: the graph that the backend gets parts of.
@@ -167,9 +176,7 @@ class Comparison:
         shown = hashlib.sha256(np.ascontiguousarray(reference.images).tobytes()).hexdigest()
         self.identity = {"recipe": RECIPE, "qdq": digests[0], "reference": digests[1], "images": shown}
         self.identity |= {"candidate": candidate.identity, "reference_backend": NodeByNode().identity}
-        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:24]
-        self.path = cache_dir() / "culprit" / f"{key}.json"
-        self.measured = self._kept()
+        self.measured: dict[frozenset[str], Measured] = {}
 
     def gap(self, units: Collection[str]) -> float:
         """How many times as far from ONNX Runtime as is right, at the worst output; infinite for what is not finite."""
@@ -211,14 +218,15 @@ class Comparison:
         """Builds and runs, unless this set was measured before."""
         key = frozenset(units)
         if key not in self.measured:
-            if self._progress:
-                self._progress(self.builds)
-            self.builds += 1
-            self.measured[key] = self._measured(key)
-            self._keep()
+            names = cache.digest_of({"units": sorted(key)})
+            known_by = cache.Key("gap", f"{len(key)} nodes", {**self.identity, "units_sha256": names})
+            self.measured[key] = Measured.of(cache.value(known_by, lambda: asdict(self._measured(key))))
         return self.measured[key]
 
     def _measured(self, units: Collection[str]) -> Measured:
+        if self._progress:
+            self._progress(self.builds)
+        self.builds += 1
         truth, noise, floats = self.reference.values(units), self.reference.noise(units), self.reference.values(())
         for name, value in (*truth.items(), *floats.items()):
             if not np.isfinite(value).all():
@@ -240,29 +248,6 @@ class Comparison:
             for name, value in truth.items()
         }
         return Measured(tuple(unit for unit in self.units if unit in units), outputs, round(seconds, 3), failure)
-
-    def _kept(self) -> dict[frozenset[str], Measured]:
-        """What was measured before; a file that cannot be read is as none."""
-        found = {}
-        try:
-            for one in json.loads(self.path.read_text(encoding="utf-8"))["measured"]:
-                outputs = {
-                    name: Distances(**{kind: tuple(each) for kind, each in fields.items()})
-                    for name, fields in one["outputs"].items()
-                }
-                found[frozenset(one["units"])] = Measured(
-                    tuple(one["units"]), outputs, one["seconds"], one.get("failure", "")
-                )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return {}
-        return found
-
-    def _keep(self) -> None:
-        with locked(self.path):
-            self.measured = self._kept() | self.measured  # another search may have measured others meanwhile
-            fields = {"identity": self.identity, "measured": [asdict(one) for one in self.measured.values()]}
-            with writing(self.path) as temporary:
-                temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
 
 
 def outputs_of(model: ModelProto) -> tuple[str, ...]:

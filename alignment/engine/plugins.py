@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from alignment.cache import Key, kept
 from alignment.engine.capabilities import Capabilities
 from alignment.errors import AlignError
-from alignment.storage import cache_dir, locked, writing
 
 NAME = "efficient_nms_rotated"
 #: GPUs that machine code is made for; newer ones take the PTX of the last.
@@ -182,13 +182,13 @@ def _built(name: str, command: list[str], sources: tuple[str, ...], against: str
     folder = source_dir()
     files = sorted(p for p in folder.rglob("*") if p.suffix in _SOURCE_SUFFIXES)
     parts = [f"{file.relative_to(folder)}\0".encode() + file.read_bytes() for file in files]
-    parts.append(repr((name, command, against, _output([command[0], "--version"]))).encode())
-    path = cache_dir() / "plugins" / hashlib.sha256(b"".join(parts)).hexdigest()[:16] / name
-    with locked(path):
-        if not path.exists():
-            with writing(path) as temporary:
-                _output([*command, *(str(folder / source) for source in sources), "-o", str(temporary)])
-    return path
+    inputs = {"sources_sha256": hashlib.sha256(b"".join(parts)).hexdigest(), "command": command}
+    versions = {"compiler": _output([command[0], "--version"]), "headers": against}
+
+    def compile_into(place: Path) -> None:
+        _output([*command, *(str(folder / source) for source in sources), "-o", str(place / name)])
+
+    return kept(Key("plugin", name, inputs, versions), compile_into) / name
 
 
 def _nvcc_command() -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,11 +17,11 @@ from pathlib import Path
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
+from alignment.cache import Key, kept
 from alignment.errors import AlignError
 from alignment.export.onnx_export import check_onnx
 from alignment.export.plugin_nms import plugin_of, with_plugin
 from alignment.quantize.graph import reads
-from alignment.storage import cache_dir, locked, writing
 
 # Raise it when the same graph comes to be converted to another one.
 RECIPE = 1
@@ -72,21 +71,21 @@ def float16_model(path: Path, native: bool = True, keep: Sequence[str] = ()) -> 
     model = check_onnx(path, plugin=True)
     whole = onnx.load(path)
     plugin = plugin_of(whole)
-    key = [RECIPE, native, sorted(keep), onnx.__version__, onnxruntime.__version__]
     content = [model.SerializeToString(deterministic=True), *([plugin.SerializeToString()] if plugin else [])]
-    digest = hashlib.sha256(json.dumps(key).encode() + b"".join(content)).hexdigest()[:16]
-    converted = cache_dir() / "float16" / f"{path.stem}-{digest}.onnx"
-    with locked(converted):
-        if not converted.is_file():
-            try:
-                half = to_float16(model, native, keep)
-                half = half if plugin is None else with_plugin(half, whole)
-            except Exception as error:  # converter and checker have error types of their own
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                raise AlignError(f"{path}: cannot be converted to float16: {reason}", "run it in fp32") from error
-            with writing(converted) as temporary:
-                onnx.save(half, temporary)
-    return converted
+    graph = hashlib.sha256(b"".join(content)).hexdigest()
+    inputs = {"graph_sha256": graph, "recipe": RECIPE, "native": native, "keep": sorted(keep)}
+    versions = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+
+    def convert(folder: Path) -> None:
+        try:
+            half = to_float16(model, native, keep)
+            half = half if plugin is None else with_plugin(half, whole)
+        except Exception as error:  # converter and checker have error types of their own
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise AlignError(f"{path}: cannot be converted to float16: {reason}", "run it in fp32") from error
+        onnx.save(half, folder / path.name)
+
+    return kept(Key("float16", path.stem, inputs, versions), convert) / path.name
 
 
 def to_float16(model: ModelProto, native: bool, keep: Sequence[str] = ()) -> ModelProto:

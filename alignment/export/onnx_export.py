@@ -13,9 +13,10 @@ from typing import Literal
 import onnx
 
 from alignment import __version__
+from alignment.cache import Key, kept
 from alignment.errors import AlignError
 from alignment.export.plugin_nms import before_plugin, plugin_of, require_boxes_of
-from alignment.storage import cache_dir, locked, writing
+from alignment.storage import writing
 from alignment.variant import OnnxSource, Variant
 
 INPUT = "images"
@@ -78,15 +79,10 @@ def exported(variant: Variant, options: ExportOptions | None = None) -> Exported
         check_onnx(variant.source.file, variant.ends_in_nms)
         require_boxes_of(variant.source.file, variant.rotated)
         return ExportedModel(variant.source.file, None)
-    import torch
-
-    key = [variant.fingerprint(), file_digest(variant.weights), asdict(options), __version__, torch.__version__]
-    digest = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
-    folder = cache_dir() / "onnx" / f"{variant.name}-{digest}"
-    path = folder / f"{variant.name}.onnx"
-    with locked(folder):
-        if not path.is_file():
-            export(variant, folder, options)
+    weights = file_digest(variant.weights)
+    inputs = {"variant": variant.fingerprint(), "weights_sha256": weights, "options": asdict(options)}
+    key = Key("onnx", variant.name, inputs, _versions())
+    path = kept(key, lambda folder: export(variant, folder, options)) / f"{variant.name}.onnx"
     return ExportedModel(path, node_map_path(path))
 
 
@@ -231,25 +227,27 @@ def _simplify(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _add_papers(model: onnx.ModelProto, variant: Variant, options: ExportOptions) -> None:
-    import onnxslim
-    import torch
-
     papers = {
         "variant": variant.name,
         "variant_fingerprint": variant.fingerprint(),
         "weights_sha256": file_digest(variant.weights),
         "preprocess": variant.preprocess.model_dump_json(),
         "export": json.dumps(asdict(options)),
-        "versions": json.dumps(
-            {
-                "alignment": __version__,
-                "torch": torch.__version__,
-                "onnx": onnx.__version__,
-                "onnxslim": onnxslim.__version__,
-            }
-        ),
+        "versions": json.dumps(_versions()),
     }
     del model.metadata_props[:]
     for key, value in papers.items():
         model.metadata_props.add(key=f"alignment.{key}", value=value)
     model.producer_name, model.producer_version = "alignment", __version__
+
+
+def _versions() -> dict[str, str]:
+    import onnxslim
+    import torch
+
+    return {
+        "alignment": __version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxslim": onnxslim.__version__,
+    }

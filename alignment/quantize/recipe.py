@@ -14,6 +14,7 @@ import onnx
 import onnx.version_converter
 from onnx import numpy_helper
 
+from alignment.cache import Key, digest_of, holding, kept, resumable
 from alignment.data.samples import CALIBRATION_SPLIT, Samples, open_samples
 from alignment.engine.int8 import write_cache
 from alignment.errors import AlignError
@@ -25,12 +26,14 @@ from alignment.quantize.observers import fake_quantize, scale_of, weight_amax
 from alignment.quantize.placement import Placement, place
 from alignment.quantize.qdq import group_amax, write_qdq
 from alignment.quantize.trained import Trained
-from alignment.storage import cache_dir, locked, writing
+from alignment.storage import writing
 from alignment.variant import Quantization, Variant
 
 Progress = Callable[[str, int, int], None]
 #: TensorRT whose name a calibration cache carries unless another is asked for.
 CACHE_VERSION = "8.6.1"
+# Files of entries in the cache.
+_CALIBRATION, _WEIGHTS = "calibration.npz", "weights.npz"
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,6 @@ class Quantized:
         }
 
 
-def calibration_path(variant: Variant, identity: Mapping[str, Any]) -> Path:
-    """Where the calibration of a variant on some images is kept."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / "calibration" / f"{variant.name}-{digest}.npz"
-
-
 def calibration_samples(variant: Variant, data: Path | None = None) -> Samples:
     """The images that a variant is calibrated on."""
     return open_samples(variant, data, variant.quantization.images, CALIBRATION_SPLIT)
@@ -180,9 +177,10 @@ def quantize(
     samples = calibration_samples(variant, data)
     joint = recipe.calibration == "joint" and trained is None
     observed = _with_int8_weights(source, variant) if joint else source
-    path = calibration_path(variant, identity_of(observed, samples))
     move = (lambda done: progress("calibration", done, len(samples))) if progress else None
-    calibration = calibrate(observed, samples, path, batch, move)
+    key = Key("calibration", variant.name, *_split(identity_of(observed, samples)))
+    with resumable(key, _require_calibration) as folder:
+        calibration = calibrate(observed, samples, folder / _CALIBRATION, batch, move)
     if trained is not None:
         return _with_trained_scales(source, recipe, calibration, trained)
     found = apply(source, recipe, calibration, ranges)
@@ -249,31 +247,26 @@ def _improved(
     if device == "cuda" and not torch.cuda.is_available():
         raise AlignError(f"--device {device}: torch {torch.__version__} finds no GPU", "leave it at cpu")
     recipe, options = variant.quantization, Options(device=device)
-    scales = {name: float(scale) for name, scale in found.scales.items()}
-    searched = search_identity(recipe, device)
-    known = [found.calibration.identity, recipe.fingerprint(), file_digest(found.source), scales, searched]
-    key = json.dumps(known, sort_keys=True)
-    path = cache_dir() / "weights" / f"{variant.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    with locked(path):
-        if not path.is_file():
-            better = reconstruction.improve(
-                float_detector(variant, found.source),
-                quantized_detector(variant, found),
-                (sample.tensor[None] for sample in samples),
-                recipe.rounding,
-                recipe.bias_correction,
-                options,
-                (lambda done, total: progress(recipe.rounding, done, total)) if progress else None,
-            )
-            units = [[unit.name, unit.nearest, unit.adaround] for unit in better.units]
-            arrays = {f"weights/{name}": value for name, value in better.weights.items()}
-            arrays |= {f"biases/{name}": value for name, value in better.biases.items()}
-            with writing(path) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, units=np.array(json.dumps(units)), **arrays)  # type: ignore[arg-type]
-        with np.load(path) as stored:
-            kept = dict(stored)
+
+    def search(folder: Path) -> None:
+        better = reconstruction.improve(
+            float_detector(variant, found.source),
+            quantized_detector(variant, found),
+            (sample.tensor[None] for sample in samples),
+            recipe.rounding,
+            recipe.bias_correction,
+            options,
+            (lambda done, total: progress(recipe.rounding, done, total)) if progress else None,
+        )
+        units = [[unit.name, unit.nearest, unit.adaround] for unit in better.units]
+        arrays = {f"weights/{name}": value for name, value in better.weights.items()}
+        arrays |= {f"biases/{name}": value for name, value in better.biases.items()}
+        np.savez_compressed(folder / _WEIGHTS, units=np.array(json.dumps(units)), **arrays)  # type: ignore[arg-type]
+
+    with holding(_weights_key(variant, found, device), search) as folder, np.load(folder / _WEIGHTS) as stored:
+        improved = dict(stored)
     parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "biases": {}}
-    for name, array in kept.items():
+    for name, array in improved.items():
         kind, _, key = name.partition("/")
         if key:
             parts[kind][key] = array
@@ -282,8 +275,31 @@ def _improved(
         found,
         source=graph_file(model, f"{variant.name}.{recipe.rounding}"),
         model=write_qdq(model, found.placement, found.scales, found.weight_scales),
-        units=tuple(Searched(*unit) for unit in json.loads(str(kept["units"]))),
+        units=tuple(Searched(*unit) for unit in json.loads(str(improved["units"]))),
     )
+
+
+def _weights_key(variant: Variant, found: Quantized, device: str) -> Key:
+    inputs, versions = _split(found.calibration.identity)
+    inputs |= {
+        "recipe": found.recipe.fingerprint(),
+        "source_sha256": file_digest(found.source),
+        "scales_sha256": digest_of({name: float(scale) for name, scale in found.scales.items()}),
+        "search": search_identity(found.recipe, device),
+    }
+    return Key("weights", variant.name, inputs, versions)
+
+
+def _split(identity: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What went in, and the versions of programs."""
+    versions = {name: identity[name] for name in ("onnxruntime", "alignment")}
+    return {name: value for name, value in identity.items() if name not in versions}, versions
+
+
+def _require_calibration(folder: Path) -> None:
+    """Raises AlignError for an unfinished calibration that cannot be completed."""
+    if (folder / _CALIBRATION).is_file():
+        Calibration.load(folder / _CALIBRATION)
 
 
 def apply(
@@ -333,9 +349,5 @@ def with_weights(
 def graph_file(model: onnx.ModelProto, name: str) -> Path:
     """A graph as a file: in the cache, named by its content."""
     content = model.SerializeToString(deterministic=True)
-    path = cache_dir() / "quantized" / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.onnx"
-    with locked(path):
-        if not path.is_file():
-            with writing(path) as temporary:
-                temporary.write_bytes(content)
-    return path
+    key, file = Key("graph", name, {"sha256": hashlib.sha256(content).hexdigest()}), f"{name}.onnx"
+    return kept(key, lambda folder: (folder / file).write_bytes(content)) / file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import onnxruntime
 from onnx import ModelProto
 
-from alignment import __version__
+from alignment import __version__, cache
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
 from alignment.export.onnx_export import exported, file_digest
@@ -23,7 +22,6 @@ from alignment.models.outputs import detect
 from alignment.nms.multiclass import Detections
 from alignment.runners.base import cpu_threads
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
-from alignment.storage import cache_dir, locked, writing
 from alignment.variant import Variant
 
 #: Raise it when decoding, NMS or what is measured comes to mean something else: kept scores are then left alone.
@@ -89,8 +87,7 @@ class Scorer:
             identity: all that decides which graph it is, JSON values.
             make: makes it.
         """
-        made_of = _digest(json.dumps(identity, sort_keys=True).encode())
-        return self._kept(f"made of {made_of}", lambda: self.score(make()))
+        return self._kept(f"made of {cache.digest_of({'identity': identity})}", lambda: self.score(make()))
 
     def judge(self, found: Mapping[int, Detections]) -> Score:
         """The score of detections, by image id."""
@@ -112,26 +109,25 @@ class Scorer:
 
     def _kept(self, graph: str, measure: Callable[[], Score]) -> Score:
         """The score of a graph from the cache, by what stands for it; it is measured where that is not known yet."""
-        path = cache_dir() / "scores" / f"{self.variant.name}-{self._key(graph)}.json"
-        with locked(path):
-            try:
-                return Score(**json.loads(path.read_text(encoding="utf-8")))
-            except (FileNotFoundError, ValueError, TypeError):  # a file that cannot be read is as none
-                score = measure()
-            with writing(path) as file:
-                file.write_text(json.dumps(asdict(score)) + "\n", encoding="utf-8")
-            return score
-
-    def _key(self, graph: str) -> str:
-        return _digest(json.dumps([*self._identity, graph]).encode())[:16]
+        key = cache.Key("score", self.variant.name, {"graph": graph, **self._inputs}, self._versions)
+        return Score(**cache.value(key, lambda: asdict(measure())))
 
     @cached_property
-    def _identity(self) -> list[str | int | None]:
-        """All that a score depends on beside the graph."""
+    def _inputs(self) -> dict[str, str | int | None]:
+        """All that a score depends on beside the graph and `_versions`."""
         dataset = self.samples.dataset
-        images = [dataset.content_fingerprint, dataset.fingerprint, len(self.samples)]
-        versions = [MEANING, __version__, onnxruntime.__version__, cpu_threads()]
-        return [self.variant.fingerprint(), file_digest(self.source), *images, *versions]
+        return {
+            "variant": self.variant.fingerprint(),
+            "source_sha256": file_digest(self.source),
+            "images": f"{dataset.content_fingerprint}, the first {len(self.samples)}",
+            "annotations": dataset.fingerprint,
+            "threads": cpu_threads(),
+            "meaning": MEANING,
+        }
+
+    @cached_property
+    def _versions(self) -> dict[str, str]:
+        return {"alignment": __version__, "onnxruntime": onnxruntime.__version__}
 
 
 def _digest(content: bytes) -> str:

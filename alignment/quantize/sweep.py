@@ -11,7 +11,6 @@ are the same to the bit for any number of workers, and the same as those of whol
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor
@@ -25,6 +24,7 @@ import onnx
 from onnx import ModelProto
 
 from alignment import __version__
+from alignment.cache import Key, resumable
 from alignment.compare.coco_map import coco_ap
 from alignment.data.samples import Samples
 from alignment.errors import AlignError
@@ -37,7 +37,7 @@ from alignment.quantize.recipe import Quantized
 from alignment.quantize.sensitivity import LayerSensitivity, Mode, Part, Sensitivity
 from alignment.quantize.suffix import Suffix, Unchanged
 from alignment.runners.onnxruntime import OnnxRuntimeRunner, open_session
-from alignment.storage import cache_dir, locked
+from alignment.storage import locked
 from alignment.variant import Variant
 
 Progress = Callable[[str, int, int], None]
@@ -71,7 +71,7 @@ def sweep(
         part: what reads int8: with ``weights`` activations are float everywhere, and the other way round.
         units: the nodes with learnt weights, or all that read int8.
         path: of the checkpoint, which is written after every layer; one that is there is completed, or returned as it
-            is.  Default: `checkpoint_path`.
+            is.  Default: one in the cache.
         executor: where layers are run; this process without one.
         progress: called with what is being done, how many are done, and all.
         share: whether layers begin at kept tensors; without, every one runs the whole network.
@@ -83,9 +83,25 @@ def sweep(
         AlignError: for a variant without int8 nodes, and a checkpoint of another sweep.
     """
     plan = _Plan(variant, quantized, samples, mode, part, units, share)
-    nodes = plan.nodes
-    # Absolute, as workers may run elsewhere.
-    path = (path or checkpoint_path(variant, plan.identity)).absolute()
+    name = f"{variant.name}.sensitivity.json"
+    if path is not None:
+        return _completed(plan, path, executor, progress)
+    key = Key("sensitivity", variant.name, plan.inputs, plan.versions)
+    with resumable(key, lambda folder: _require_sweep(folder / name)) as folder:
+        return _completed(plan, folder / name, executor, progress)
+
+
+def _require_sweep(path: Path) -> None:
+    """Raises AlignError for an unfinished sweep that cannot be completed."""
+    if path.is_file():
+        Sensitivity.load(path)
+
+
+def _completed(
+    plan: _Plan, path: Path, executor: Executor | None, progress: Progress | None
+) -> tuple[Sensitivity, Path]:
+    """The sweep of a checkpoint with all layers, and where it is kept."""
+    path = path.absolute()  # as workers may run elsewhere
     with locked(path):
         if path.is_file():
             found = Sensitivity.load(path)
@@ -93,9 +109,9 @@ def sweep(
         else:
             found = plan.empty()
         done = {layer.node for layer in found.layers}
-        todo = [node for node in nodes if node not in done]
+        todo = [node for node in plan.nodes if node not in done]
         # One folder a sweep, so that what a run that was killed has left is known.
-        folder = path.with_suffix(".work")
+        folder = path.with_name(f".{path.stem}.work")
         shutil.rmtree(folder, ignore_errors=True)
         try:
             if todo:
@@ -103,12 +119,6 @@ def sweep(
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return found, path
-
-
-def checkpoint_path(variant: Variant, identity: Mapping[str, Any]) -> Path:
-    """Where a sweep is kept."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / "sensitivity" / f"{variant.name}-{digest}.sensitivity.json"
 
 
 def _require(found: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
@@ -160,8 +170,17 @@ class _Plan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """All that a sweep depends on."""
+        return {**self.inputs, **self.versions}
+
+    @cached_property
+    def versions(self) -> dict[str, Any]:
         import onnxruntime
 
+        return {"onnxruntime": onnxruntime.__version__, "alignment": __version__}
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
         samples, int8 = self.samples, self._int8(self._all).SerializeToString(deterministic=True)
         return {
             "graph_sha256": file_digest(self.quantized.source),
@@ -174,8 +193,6 @@ class _Plan:
             "mode": self.mode,
             "part": self.part,
             "units": self.units,
-            "onnxruntime": onnxruntime.__version__,
-            "alignment": __version__,
             "meaning": MEANING,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -20,20 +21,28 @@ or not reached, 2 wrong usage or input, of which one line names the file and the
 
 
 def commands() -> dict[str, Any]:
-    """The commands of ``align`` by name."""
-    return dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    """The commands of ``align`` by name; one of a group by both names, ``cache ls``."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {word}": one for word, one in inner.items()}
+    return found
 
 
 def page() -> str:
     """The page as Markdown."""
-    functions = {info.name or getattr(info.callback, "__name__", ""): info.callback for info in _registered()}
-    index = ", ".join(f"[{name}](#align-{name})" for name in commands())
+    functions = dict(_registered())
+    index = ", ".join(f"[{name}](#align-{name.replace(' ', '-')})" for name in commands())
     sections = [_section(name, command, functions[name]) for name, command in commands().items()]
     return "\n".join([INTRODUCTION, index + "\n", *sections])
 
 
-def _registered() -> list[Any]:
-    return list(cli.app.registered_commands)
+def _registered() -> Iterator[tuple[str, Any]]:
+    """The function of every command."""
+    groups = [("", cli.app), *((f"{group.name} ", group.typer_instance) for group in cli.app.registered_groups)]
+    for before, group in groups:
+        for info in group.registered_commands if group else ():
+            yield f"{before}{info.name or getattr(info.callback, '__name__', '')}", info.callback
 
 
 def _section(name: str, command: Any, function: Any) -> str:

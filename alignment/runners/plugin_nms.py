@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from alignment.cache import Key, kept
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.export.plugin_nms import attributes_of, before_plugin, plugin_of
 from alignment.nms.plugins import WIDTH, plugin_outputs
 from alignment.runners.base import Runner
-from alignment.storage import cache_dir, locked, writing
 
 
 class PluginNmsRunner(Runner):
@@ -39,12 +39,9 @@ class PluginNmsRunner(Runner):
         self._given = [output.name for output in model.graph.output]
         # By its own content: weights may lie in another file.
         content = before_plugin(model, path).SerializeToString(deterministic=True)
-        cut = cache_dir() / "before_plugin" / f"{path.stem}-{hashlib.sha256(content).hexdigest()[:16]}.onnx"
-        with locked(cut):
-            if not cut.is_file():
-                with writing(cut) as temporary:
-                    temporary.write_bytes(content)
-        self._graph = open_graph(cut)
+        key = Key("before-plugin", path.stem, {"sha256": hashlib.sha256(content).hexdigest()})
+        folder = kept(key, lambda folder: (folder / path.name).write_bytes(content))
+        self._graph = open_graph(folder / path.name)
         self.warnings = self._graph.warnings
         self.provenance = {
             **self._graph.provenance,

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from alignment.engine.build import BuildOptions, build_environment, cached_engine, cuda_context
+from alignment.cache import discard
+from alignment.engine.build import BuildOptions, build_environment, cached_engine, cuda_context, engine_key
 from alignment.engine.capabilities import Capabilities, gpu
 from alignment.engine.inspect import EngineLayer, parse, reformats
 from alignment.engine.int8 import CalibrationImages
@@ -47,15 +48,22 @@ class TensorRTRunner(Runner):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._memory = _Memory()
         self._allocated: set[str] = set()  # outputs whose size only the data tell
-        plan, messages, from_cache = cached_engine(onnx_path, options, images)
-        self._size = len(plan)
+        found = cached_engine(onnx_path, options, images)
         try:
-            self._load(plan)
+            try:
+                self._load(found.plan)
+            except _UnloadableError as error:
+                if not found.from_cache:
+                    raise
+                discard(engine_key(onnx_path, options, images), error.what)
+                found = cached_engine(onnx_path, options, images)
+                self._load(found.plan)
         except BaseException:
             self.close()
             raise
-        self.warnings = warnings_of([*messages, *self._log.messages])
-        self.provenance = self._provenance(options, plan, from_cache)
+        self._size = len(found.plan)
+        self.warnings = warnings_of([*found.messages, *self._log.messages])
+        self.provenance = self._provenance(options, found.plan, found.from_cache)
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """See `Runner.run`.  Float16 outputs come as float32, all others in the engine's own type.
@@ -172,7 +180,8 @@ class TensorRTRunner(Runner):
                 raise AlignError(f"TensorRT cannot start: {self._said()}", "check the GPU's driver") from None
             engine = self._engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
-                raise AlignError(f"{self._path}: TensorRT cannot load its engine: {self._said()}", "clear ALIGN_CACHE")
+                what = f"{self._path}: TensorRT cannot load its engine: {self._said()}"
+                raise _UnloadableError(what, "`align cache prune --kind engine --all` removes kept engines")
             self._context = engine.create_execution_context()
             if self._context is None:
                 raise AlignError(
@@ -337,6 +346,10 @@ class TensorRTRunner(Runner):
                 "environment": build_environment(),
             },
         }
+
+
+class _UnloadableError(AlignError):
+    """An engine that this TensorRT or GPU does not take."""
 
 
 class _Memory:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +44,7 @@ from alignment.commands.report import report
 from alignment.commands.sensitivity import sensitivity
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
+from alignment.scratch import scratch_folder
 from alignment.variant import Variant, golden_dir, load_variant, zoo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -86,8 +86,8 @@ def run(
     if not any(cases for _, cases in plan):
         what = f"--backend {backend} --precision {precision} --route {route}: no such case"
         raise AlignError(what, session.NO_CASE_MEND)
-    with tempfile.TemporaryDirectory(prefix="align-run-") as staging:
-        how = RunOptions(golden=folder, out=Path(staging), records=records, batch=batch)
+    with scratch_folder() as staging:
+        how = RunOptions(golden=folder, out=staging, records=records, batch=batch)
         options = session.SessionOptions(data, images, how)
         for variant, cases in plan if variants else ():
             session.require(variant, cases, options)
@@ -100,7 +100,7 @@ def run(
             measured += [(result, dataset) for result in results if result.status != "skip"]
         _print_results(alignment)
         if out_dir:
-            write_report(alignment, Path(staging), out_dir)
+            write_report(alignment, staging, out_dir)
     # Golden values change only now: a run that fails at its last variant changes none.
     for result, dataset in measured if update_golden else ():
         if result.replayed:

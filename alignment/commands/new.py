@@ -6,7 +6,6 @@ import math
 import re
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +27,7 @@ from alignment.commands.console import (
 from alignment.errors import AlignError
 from alignment.guess.findings import LAYOUTS, Asked, Finding
 from alignment.results import CaseResult
+from alignment.scratch import scratch_folder
 from alignment.variant import load_variant, zoo
 
 if TYPE_CHECKING:
@@ -124,9 +124,9 @@ def _align(found: Guessed, path: Path, images: int, precisions: tuple[str, ...],
     variant = load_variant(path)
     golden, folder = out_dir / "golden", out_dir / "runs" / variant.name
     cases = cases_of(variant, BACKENDS, precisions)
-    with tempfile.TemporaryDirectory(prefix="align-new-") as staging:
+    with scratch_folder() as staging:
         # Held to the defaults: what is there of another model of this name is proposed anew.
-        how = RunOptions(golden=Path(staging) / "golden", out=Path(staging))
+        how = RunOptions(golden=staging / "golden", out=staging)
         options = session.SessionOptions(found.data, images, how)
         with progress_bar(variant.name) as show:
             results, seconds, dataset = session.run_cases(variant, cases, options, show)
@@ -135,7 +135,7 @@ def _align(found: Guessed, path: Path, images: int, precisions: tuple[str, ...],
         ran = [result for result in results if result.status != "skip"]
         for result in ran if all(result.status == "pass" for result in ran) else ():
             update(golden, result, dataset, f"proposed by align new {variant.name}")
-        write_report(alignment, Path(staging), folder)
+        write_report(alignment, staging, folder)
     _print_proposal(golden, ran)
     for result in results:
         out.print(f"{result.case.id}: {result.status}: {result.reason}", markup=False)

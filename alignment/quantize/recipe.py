@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -255,6 +256,7 @@ def _improved(
     key = json.dumps(known, sort_keys=True)
     path = cache_dir() / "weights" / f"{variant.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     with locked(path):
+        begun = path.with_suffix(".units")
         if not path.is_file():
             better = reconstruction.improve(
                 float_detector(variant, found.source),
@@ -264,12 +266,14 @@ def _improved(
                 recipe.bias_correction,
                 options,
                 (lambda done, total: progress(recipe.rounding, done, total)) if progress else None,
+                begun,
             )
             units = [[unit.name, unit.nearest, unit.adaround] for unit in better.units]
             arrays = {f"weights/{name}": value for name, value in better.weights.items()}
             arrays |= {f"biases/{name}": value for name, value in better.biases.items()}
             with writing(path) as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, units=np.array(json.dumps(units)), **arrays)  # type: ignore[arg-type]
+        shutil.rmtree(begun, ignore_errors=True)
         with np.load(path) as stored:
             kept = dict(stored)
     parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "biases": {}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from alignment.models.outputs import detect
 from alignment.nms.multiclass import Detections
 from alignment.runners.base import cpu_threads
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
+from alignment.scratch import scratch_folder
 from alignment.storage import cache_dir, locked, writing
 from alignment.variant import Variant
 
@@ -105,8 +105,8 @@ class Scorer:
             return detect(self.samples, runner.run)
 
     def _detect(self, content: bytes) -> dict[int, Detections]:
-        with tempfile.TemporaryDirectory(prefix="align-score-") as folder:
-            path = Path(folder) / "scored.onnx"
+        with scratch_folder() as folder:
+            path = folder / "scored.onnx"
             path.write_bytes(content)
             return self.detect(path)
 

@@ -69,12 +69,16 @@ def new(
         Literal["letterbox", "letterbox_top_left", "stretch"] | None, typer.Option(help="how images are fitted")
     ] = None,
 ) -> None:
-    """Find out what a model is, write its YAML, run the alignment, propose golden values, and report."""
+    """Find out what a model is, write its YAML, run the alignment, propose golden values, and report.
+
+    Killed before its report, the same command writes its YAML anew, unless somebody has changed that.
+    """
     from alignment.guess.bare import guess_onnx
     from alignment.guess.config import ConfigSource, guess_config
 
     path = out_dir / f"{name}.yaml"
-    _require_new(name, path, force)
+    origin = shlex.join(["align", *sys.argv[1:]])
+    _require_new(name, path, force or _unfinished(path, out_dir / "runs" / name, origin))
     _require_source(onnx, config, checkpoint)
     read: dict[str, object] = {"--classes": classes, "--layout": layout, "--output": output, "--anchors": anchors}
     read |= {"--range": values, "--channels": channels}
@@ -93,13 +97,13 @@ def new(
         assert config is not None
         assert checkpoint is not None
         found = guess_config(ConfigSource(config, checkpoint, overrides), name, data, asked)
-    _write(found, path)
+    _write(found, path, origin, force)
     _align(found, path, images, precisions, out_dir)
 
 
-def _write(found: Guessed, path: Path) -> None:
+def _write(found: Guessed, path: Path, origin: str, force: bool) -> None:
     """Says the guesses aloud, and writes the YAML."""
-    from alignment.guess.write import write_variant
+    from alignment.guess.write import variant_text, write_variant
 
     table = Table(Column("field", no_wrap=True), Column("value", no_wrap=True), "how sure", "evidence")
     colours = {"certain": "green", "likely": "yellow", "open": "red"}
@@ -111,7 +115,10 @@ def _write(found: Guessed, path: Path) -> None:
     print_table(table)
     if likely := [finding.field for finding in found.findings if finding.sure == "likely"]:
         out.print(f"likely, but not certain: {', '.join(likely)}: check them in the YAML", markup=False)
-    write_variant(path, found.variant, found.findings, shlex.join(["align", *sys.argv[1:]]))
+    asked = path, found.variant, found.findings, origin
+    if path.exists() and path.read_text(encoding="utf-8") != variant_text(*asked):
+        _require_new(found.variant.name, path, force)
+    write_variant(*asked)
     out.print(f"wrote {path}", markup=False)
 
 
@@ -180,6 +187,16 @@ def _require_new(name: str, path: Path, force: bool) -> None:
         raise AlignError(f"{name}: a variant of the zoo has that name", "give another")
     if path.exists() and not force:
         raise AlignError(f"{path}: is there already", "give another name, or --force to overwrite it")
+
+
+def _unfinished(path: Path, run: Path, origin: str) -> bool:
+    """Whether this very command has written the YAML, and was killed before the report, which it writes last."""
+    from alignment.guess.write import header
+    from alignment.report.run_folder import RESULTS
+
+    if not path.is_file() or (run / RESULTS).is_file():
+        return False
+    return path.read_text(encoding="utf-8", errors="replace").startswith(header(origin))
 
 
 def _require_source(onnx: Path | None, config: str | None, checkpoint: Path | None) -> None:

@@ -170,7 +170,8 @@ def _read(path: Path) -> Improved | None:
     try:
         with np.load(path) as stored:
             arrays = dict(stored)
-        units = tuple(Reconstruction(*unit, {}) for unit in json.loads(str(arrays.pop("units"))))
+        told = json.loads(str(arrays.pop("units")))
+        units = tuple(Reconstruction(name, before, after, {}) for name, before, after in told)
     except Exception:  # zip, NumPy and JSON each have their own
         return None
     parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "biases": {}}

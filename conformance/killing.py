@@ -21,6 +21,8 @@ from typing import Any
 
 #: Seconds after which a command hangs.
 HANGS = 300
+#: The exit status of what SIGKILL ended.
+KILLED = -signal.SIGKILL
 #: What commands import when they need it.
 MODULES = (
     "alignment.cli",
@@ -59,7 +61,7 @@ class Stem:
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": paths, "ALIGN_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": paths, "ALIGN_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
 
     def __enter__(self) -> Stem:
@@ -83,7 +85,8 @@ class Stem:
 
         Args:
             command: what to run.
-            folder: where; ``log`` receives what it says, ``work`` a byte for each call that is counted.
+            folder: where; ``log`` receives what it says, ``work`` a dot for each call that is counted, and a w for each
+                file that came to be what it is.
             seconds: kill it after so many.
             seen: kill it as soon as this is true.
             write: let it kill itself when it has written half of its so manieth file, the first is 0.
@@ -154,11 +157,13 @@ def _be(request: dict[str, Any]) -> None:
     status = 70
     try:
         for place, value in request["constants"].items():
-            _change(place, lambda _, value=value: value)
+            _change(place, lambda _, value=value: _tuples(value))
+        work = os.open("work", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for place in request["work"]:
-            _change(place, functools.partial(_counted, os.open("work", os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
+            _change(place, functools.partial(_counted, work, b"."))
+        _change("pathlib:Path.replace", functools.partial(_counted, work, b"w"))
         if request["write"] is not None:
-            _change("pathlib:Path.replace", functools.partial(_dying, iter(range(request["write"] + 1))))
+            _change("pathlib:Path.replace", functools.partial(_dying, request["write"]))
         from alignment.cli import app
 
         sys.argv = ["align", *request["arguments"]]
@@ -177,26 +182,32 @@ def _change(place: str, change: Callable[[Any], Any]) -> None:
     setattr(owner, name, change(getattr(owner, name)))
 
 
-def _counted(log: int, function: Callable[..., Any]) -> Callable[..., Any]:
+def _counted(log: int, mark: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
-        os.write(log, b".")
+        os.write(log, mark)
         return function(*arguments, **options)
 
     return call
 
 
-def _dying(left: Any, replace: Callable[..., Any]) -> Callable[..., Any]:
-    """`Path.replace`, by which every file becomes what it is; the last time one is torn in two, and all ends."""
+def _dying(left: int, replace: Callable[..., Any]) -> Callable[..., Any]:
+    """`Path.replace`, by which every file becomes what it is; after so many one is torn in two, and all ends."""
 
     def call(path: Path, target: Path) -> Path:
-        next(left)
-        if left.__length_hint__() == 0:
+        nonlocal left
+        if left == 0:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-        return replace(path, target)
+        left -= 1
+        return replace(path, target)  # type: ignore[no-any-return]
 
     return call
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -137,6 +138,9 @@ def _align(found: Guessed, path: Path, images: int, precisions: tuple[str, ...],
         options = session.SessionOptions(found.data, images, how)
         with progress_bar(variant.name) as show:
             results, seconds, dataset = session.run_cases(variant, cases, options, show)
+        kept = replace(options, run=replace(how, golden=golden))
+        for case, result in zip(cases, results, strict=True):
+            result.command = session.command(variant, case, kept)
         alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
         session.add_results(alignment, variant, results, seconds, dataset)
         ran = [result for result in results if result.status != "skip"]
@@ -190,11 +194,11 @@ def _require_new(name: str, path: Path, force: bool) -> None:
 
 
 def _unfinished(path: Path, run: Path, origin: str) -> bool:
-    """Whether this very command has written the YAML, and was killed before the report, which it writes last."""
+    """Whether this very command has written the YAML, and was killed before the last file of its report."""
     from alignment.guess.write import header
-    from alignment.report.run_folder import RESULTS
+    from alignment.report.run_folder import JUNIT
 
-    if not path.is_file() or (run / RESULTS).is_file():
+    if not path.is_file() or (run / JUNIT).is_file():
         return False
     return path.read_text(encoding="utf-8", errors="replace").startswith(header(origin))
 

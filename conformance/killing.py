@@ -152,7 +152,7 @@ def _be(request: dict[str, Any]) -> None:
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ |= {"ALIGN_CACHE": str(folder / "cache"), "TMPDIR": str(folder / "tmp")}
+    os.environ |= {"ALIGN_CACHE": str(folder / "cache"), "ALIGN_DATA": "", "TMPDIR": str(folder / "tmp")}
     tempfile.tempdir = None
     status = 70
     try:

@@ -20,6 +20,8 @@ import pytest
 from command_line import variant_file
 from killing import KILLED, Command, Stem
 
+from alignment.data.synthetic import SEED, VERSION
+
 pytestmark = [pytest.mark.kill, pytest.mark.xdist_group("kill")]
 #: Part of the head reads int8.
 FEW = {"policy": "conv-only", "keep_float": ["/detector/backbone/*", "/detector/neck/*", "*/reg_preds*"], "images": 6}
@@ -122,7 +124,10 @@ COMMANDS = {
         lost=1,
         first="out/alignment.json",
     ),
-    "new": Long("new fresh --onnx cache/given.onnx --images 2 --out out", first="out/fresh.yaml"),
+    "new": Long(
+        f"new fresh --onnx cache/given.onnx --data cache/synthetic-v{VERSION}-seed{SEED} --images 2 --out out",
+        first="out/fresh.yaml",
+    ),
     "explain": Long("explain planted.yaml --images 3 --out out"),
 }
 

@@ -52,6 +52,10 @@ Policy = Annotated[
 Plain = Annotated[
     bool, typer.Option("--plain", help="nothing that the recipe keeps in float, no weights or biases searched for")
 ]
+Workers = Annotated[int, typer.Option(min=1, help="processes that share the work")]
+Scheduler = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="of a Dask cluster that sees the same files, in their place")
+]
 Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
 
 

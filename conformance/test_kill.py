@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -237,8 +238,8 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_befallen_it(name, stem, 
     assert not undisturbed.unfinished
     expected, duration = undisturbed.result, time.monotonic() - start
     when = moments(np.random.default_rng(zlib.crc32(name.encode())), undisturbed.counted("w"), duration)
-    while left > 0:
-        life = Life(long, stem, tmp_path / f"{left}-left", begun)
+    for number in itertools.count():
+        life = Life(long, stem, tmp_path / f"life-{number}", begun)
         while life.kills < left and not life.over:
             life.live_until(next(when), expected)
         if not life.over:
@@ -250,3 +251,5 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_befallen_it(name, stem, 
         if long.lost is not None:
             assert life.counted(".") <= undisturbed.counted(".") + life.kills * long.lost
         left -= life.kills
+        if not left:
+            break

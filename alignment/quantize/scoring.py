@@ -107,6 +107,7 @@ class Scorer:
 
     def _detect(self, content: bytes) -> dict[int, Detections]:
         # In the cache, which workers see.
+        cache_dir().mkdir(parents=True, exist_ok=True)
         with temporary(cache_dir(), ".scored-", "", folder=True) as folder:
             path = folder / "scored.onnx"
             path.write_bytes(content)

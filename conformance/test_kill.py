@@ -244,10 +244,10 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_befallen_it(name, stem, 
             life.live_until(next(when), expected)
         if not life.over:
             assert life.start() == long.status, life.said
+        assert not life.unfinished
         result = life.result
         assert result.keys() == expected.keys()
         assert [name for name, told in result.items() if told != expected[name]] == []
-        assert not life.unfinished
         if long.lost is not None:
             assert life.counted(".") <= undisturbed.counted(".") + life.kills * long.lost
         left -= life.kills

@@ -6,10 +6,11 @@ Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,8 @@ from alignment.commands.report import report
 from alignment.commands.sensitivity import sensitivity
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
+from alignment.scratch import scratch_folder
+from alignment.storage import cache_dir
 from alignment.variant import Variant, golden_dir, load_variant, zoo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -87,8 +90,11 @@ def run(
     if not any(cases for _, cases in plan):
         what = f"--backend {backend} --precision {precision} --route {route}: no such case"
         raise AlignError(what, session.NO_CASE_MEND)
-    with tempfile.TemporaryDirectory(prefix="align-run-") as staging:
-        how = RunOptions(golden=folder, out=Path(staging), records=records, batch=batch)
+    with scratch_folder() as staging:
+        # Of this very command, so that another one measures for itself.
+        asked = json.dumps([str(Path.cwd()), *sys.argv[1:]])
+        journal = cache_dir() / "runs" / hashlib.sha256(asked.encode()).hexdigest()[:16]
+        how = RunOptions(golden=folder, out=staging, records=records, batch=batch, journal=journal)
         options = session.SessionOptions(data, images, how)
         for variant, cases in plan if variants else ():
             session.require(variant, cases, options)
@@ -101,13 +107,14 @@ def run(
             measured += [(result, dataset) for result in results if result.status != "skip"]
         _print_results(alignment)
         if out_dir:
-            write_report(alignment, Path(staging), out_dir)
+            write_report(alignment, staging, out_dir)
     # Golden values change only now: a run that fails at its last variant changes none.
     for result, dataset in measured if update_golden else ():
         if result.replayed:
             out.print(f"{result.case.id}: replayed, which measures nothing: its golden values stay", markup=False)
         else:
             out.print(f"wrote {update(folder, result, dataset, str(update_golden))}", markup=False)
+    shutil.rmtree(journal, ignore_errors=True)
     skipped = sum(case.status == "skip" for case in alignment.cases) if strict else 0
     if skipped:
         out.print(f"{skipped} case{'s' * (skipped > 1)} skipped: --strict makes that a failure", markup=False)
@@ -302,7 +309,10 @@ def _print_results(alignment: Alignment) -> None:
         out.print(f"[yellow]warning: {name}: {doubt}[/]")
     for name in dict.fromkeys(c.case.variant for c in alignment.cases):
         bare, images = alignment.timing.get(f"{name}.bare_s"), alignment.timing.get(f"{name}.images_s")
-        if bare and images:
+        resumed = alignment.timing.get(f"{name}.resumed_images")
+        if resumed:
+            out.print(f"{name}: {resumed:.0f} images were done when the same command was killed", markup=False)
+        elif bare and images:
             judge = alignment.timing[f"{name}.judge_s"]
             start = alignment.timing[f"{name}.start_s"]
             ratio = (images + judge) / bare

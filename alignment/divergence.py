@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,7 @@ from alignment.risk import Risk
 from alignment.runners.base import Runner
 from alignment.runners.open import open_model, open_runner
 from alignment.runners.record import ANGLE_STEP, BOX_STEP, SCORE_STEP, Candidates, Record
+from alignment.scratch import scratch_folder
 from alignment.variant import Nms, Variant, load_variant
 
 #: How many boxes are shown as pictures, and from which IoU on other boxes are drawn in them.
@@ -122,9 +122,9 @@ def explain_variant(
     case = Case(variant.name, backend, "fp32")  # type: ignore[arg-type]
     found, risk = Explained(notes=notes, asked=frozenset(deployed or ())), Risk()
     with (
-        tempfile.TemporaryDirectory() as folder,
+        scratch_folder() as folder,
         open_runner(variant, reference_of(variant)) as reference,
-        _deployed(model, head, case, Path(folder)) as subject,
+        _deployed(model, head, case, folder) as subject,
     ):
         allowed = _allowed(golden, (case, subject.provenance))
         semantics = deployed_semantics(head, subject.provenance.get("tensorrt"))

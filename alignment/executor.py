@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 from alignment.errors import AlignError
 
@@ -39,13 +41,26 @@ def open_executor(workers: int = 1, scheduler: str | None = None) -> Iterator[Ex
         yield None
     else:
         # Ctrl-C reaches every process of a terminal; what becomes of the work is for this one to say.
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin)
         try:
             yield pool
         except BrokenExecutor:
             raise AlignError(f"--workers {workers}: a worker died, of too little memory perhaps", AGAIN) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    """Of a worker: it leaves Ctrl-C to the process that it works for, and ends when that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _dask(address: str) -> Iterator[Executor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from alignment.export.float16 import float32_nodes
 from alignment.export.onnx_export import modules_of
 from alignment.runners.base import Runner, filled
 from alignment.runners.evaluator import OnnxEvaluator
+from alignment.scratch import scratch_folder
 
 #: The subject may be this many times as far from float64 as plain float32 arithmetic on the same nodes: other
 #: backends sum in another order, fuse nodes and approximate exp.
@@ -108,8 +108,8 @@ def compare_layers(
     same = {n for n, v in plain.items() if isinstance(v, np.ndarray) and v.shape == np.shape(truth[n])}
     floats = {n for n in same if plain[n].dtype == np.float32}
     made = [(node, name) for node in graph.graph.node for name in node.output if name in floats]
-    with tempfile.TemporaryDirectory() as folder:
-        marked = Path(folder) / model.name
+    with scratch_folder() as folder:
+        marked = folder / model.name
         onnx.save(mark_outputs(graph, [name for _, name in made]), marked)
         with open_subject(marked) as subject:
             ours = subject.run(batch)

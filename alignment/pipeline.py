@@ -22,6 +22,7 @@ from alignment.compare.verdict import NOT_FINITE, doubts, first_difference, judg
 from alignment.data.coco import CocoDataset, read_image
 from alignment.data.samples import Sample, Samples
 from alignment.golden import limits, read_golden
+from alignment.journal import Journal
 from alignment.models.onnx_heads import require_plausible
 from alignment.models.outputs import ENDS_IN_NMS, Outputs, detections_of, to_outputs
 from alignment.nms.multiclass import Detections
@@ -51,6 +52,8 @@ class RunOptions:
         records: folder to write records of this run into, or None.
         referee_images: on how many images float64 is run: the first, so that a run over fewer has the same ones.
         batch: how many images go through a backend at once.
+        journal: folder in which what was measured is kept for the same run, should this one be killed, or None; whoever
+            gives it removes it.  A run that writes records keeps nothing.
     """
 
     golden: Path = field(default_factory=golden_dir)
@@ -58,6 +61,7 @@ class RunOptions:
     records: Path | None = None
     referee_images: int = 3
     batch: int = 1
+    journal: Path | None = None
 
 
 @dataclass
@@ -117,7 +121,8 @@ def align_live(
 
     Returns:
         Results in the order of `cases`, and seconds: ``start_s`` (loading models), ``images_s`` (all images through
-        all stages), ``bare_s`` (inside the compared backends), ``referee_s``, ``judge_s``.
+        all stages), ``bare_s`` (inside the compared backends), ``referee_s``, ``judge_s``; and ``resumed_images``, how
+        many an earlier run did that was killed, if any: ``images_s`` is without these, ``bare_s`` is not.
 
     Raises:
         AlignError: for a model or an image that cannot be used.
@@ -137,7 +142,10 @@ def align_live(
                 side.record = Record(side.case.id, known, compact=side.case.precision == "int8")
         referee = Referee.open(variant, reference.runner)
         clock.append(time.perf_counter())
-        _run_images(variant, sides, referee, samples, options, progress)
+        journal = None
+        if options.journal and not options.records:
+            journal = Journal.open(options.journal, samples, sides, (options.batch, options.referee_images))
+        _run_images(variant, sides, referee, samples, options, journal, progress)
         clock.append(time.perf_counter())
         _time_devices(sides, samples, options.batch)
         clock.append(time.perf_counter())
@@ -149,7 +157,10 @@ def align_live(
     signed = next((case for case in cases if case.backend != "torch"), None)
     if signed:
         by_id[signed.id].signature = graph_signature(variant, samples)
-    return [by_id[case.id] for case in cases], {**seconds, "bare_s": bare, "referee_s": referee.seconds}
+    seconds |= {"bare_s": bare, "referee_s": referee.seconds}
+    if journal and journal.resumed:
+        seconds["resumed_images"] = journal.resumed
+    return [by_id[case.id] for case in cases], seconds
 
 
 def record_identity(variant: Variant, reference: Runner) -> dict[str, str]:
@@ -169,9 +180,14 @@ def _run_images(
     referee: Referee,
     samples: Samples,
     options: RunOptions,
+    journal: Journal | None,
     progress: Callable[[int], None] | None,
 ) -> None:
-    for index, (sample, outputs) in enumerate(_answered(variant, sides, samples, options.batch)):
+    images = [entry.id for entry in samples.dataset.images]
+    done = journal.restore(images, sides, referee) if journal else 0
+    if progress and done:
+        progress(done)
+    for index, (sample, outputs) in enumerate(_answered(variant, sides, samples, options.batch, done), done):
         if not variant.has_torch and not variant.ends_in_nms and index == 0:
             require_plausible(outputs[0].boxes, outputs[0].scores, variant)
         truth = referee.run(sample, variant) if index < options.referee_images else None
@@ -181,6 +197,8 @@ def _run_images(
             side.detections[sample.entry.id] = found
             if side.record:
                 side.record.add(sample.entry.id, sample.digest, out.boxes[0], out.scores[0], found)
+        if journal:
+            journal.keep(images, index + 1, sides, referee)
         if progress:
             progress(index + 1)
 
@@ -193,10 +211,10 @@ def _time_devices(sides: list[_Side], samples: Samples, size: int) -> None:
 
 
 def _answered(
-    variant: Variant, sides: list[_Side], samples: Samples, size: int
+    variant: Variant, sides: list[_Side], samples: Samples, size: int, first: int
 ) -> Iterator[tuple[Sample, tuple[Outputs, ...]]]:
-    """Each sample with what the sides say about it; `size` samples go through a backend at once."""
-    images = iter(samples)
+    """Each sample from the `first` with what the sides say about it; `size` samples go through a backend at once."""
+    images = samples.after(first)
     while together := list(itertools.islice(images, size)):
         batch = np.stack([sample.tensor for sample in together])
         answers = [side.run(batch.copy(), together, variant) for side in sides]

@@ -41,6 +41,7 @@ MARKERS = {
     "nms": "post-processing: what each implementation keeps, and why they differ",
     "culprit": "engines taken apart, and the search for the Q/DQ pairs that make one worse than ONNX Runtime",
     "rotated": "rotated boxes: data, decoding, comparison, NMS and AP",
+    "kill": "long commands that are killed at any moment go on, and end as if nothing had befallen them",
     "plugin": "NMS plugins of TensorRT: their oracle, the files that end in one, and the kernels themselves",
     "topk": "which candidates a TopK lets through, and what its limit costs",
     "gpu": "needs a GPU with TensorRT; replays a committed record where there is one",
@@ -66,6 +67,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--golden", type=Path, help="folder of golden values; default: the packaged one")
     group.addoption("--update-golden", metavar="REASON", help="write what is measured as golden, for REASON")
     group.addoption("--records", type=Path, metavar="DIR", help="write records of what is run into DIR")
+    group.addoption("--kills", type=_count, default=3, help="kill each long command so often; 20 are the long form")
     group.addoption("--report", type=Path, metavar="DIR", help="write alignment.json, report.html and junit.xml there")
 
 

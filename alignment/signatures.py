@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,6 +15,7 @@ from alignment.export.onnx_export import exported, modules_of
 from alignment.layers import mark_outputs
 from alignment.results import GraphSignature, LayerSignature
 from alignment.runners.onnxruntime import OnnxRuntimeRunner
+from alignment.scratch import scratch_folder
 from alignment.variant import Variant
 
 #: Operators that are layers with weights.
@@ -61,8 +60,8 @@ def graph_signature(variant: Variant, samples: Samples) -> GraphSignature | None
     constants = {i.name: i for i in model.graph.initializer}
     layers = [node for node in model.graph.node if node.op_type in WEIGHTED]
     sample = samples.load(samples.dataset.images[0])
-    with tempfile.TemporaryDirectory() as folder:
-        marked = Path(folder) / path.name
+    with scratch_folder() as folder:
+        marked = folder / path.name
         onnx.save(mark_outputs(model, [node.output[0] for node in layers]), marked)
         try:
             with OnnxRuntimeRunner(marked) as runner:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from alignment.errors import AlignError
+from alignment.scratch import temporary
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -38,7 +37,7 @@ def require_folder(path: Path, option: str) -> None:
     """
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".align-", dir=nearest):
+        with temporary(nearest, ".align-", "", folder=True):
             pass
     except OSError as error:
         raise AlignError(f"{option} {path}: {error.strerror}", "name a folder that can be written") from None
@@ -71,30 +70,25 @@ def read_model(model: type[Model], path: Path, what: str, absent: str, damaged: 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Gives a temporary file beside `path` that becomes `path` when the block ends without an error."""
+    """Gives a temporary file beside `path` that becomes `path` when the block ends without an error.
+
+    What a process that was killed has left of an earlier one is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary(path.parent, f".{path.name}.", path.suffix) as made:
+        yield made
+        made.chmod(0o666 & ~_umask())
+        made.replace(path)
 
 
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
     """As `writing`, for a folder that does not exist yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with temporary(path.parent, f".{path.name}.", "", folder=True) as made:
+        yield made
+        made.chmod(0o777 & ~_umask())
+        made.rename(path)
 
 
 def remove(path: Path) -> None:
@@ -102,11 +96,8 @@ def remove(path: Path) -> None:
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
-    doomed = path
-    if not path.name.startswith("."):
-        doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with temporary(path.parent, f".{path.name}.", "", folder=True) as doomed:
         path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def lock_of(path: Path) -> Path:

@@ -62,6 +62,7 @@ def test_an_unseen_file_becomes_a_variant_with_golden_values_and_a_report(unseen
     for line in ("# certain: score that labels confirm", "# certain: output output [1, 11, 2100]; 6: the data have"):
         assert line in text
     run = read_run(tmp_path / "runs" / "shapes")
+    assert {case.command.partition(" --golden ")[2] for case in run.cases} == {str(tmp_path / "golden")}
     verdicts = {case.case.id: case.status for case in run.cases}
     assert verdicts["shapes-onnxruntime-fp32"] == "pass"
     assert (tmp_path / "runs" / "shapes" / "report.html").is_file()

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from alignment.errors import AlignError
 from alignment.results import Alignment
-from alignment.storage import require_folder
+from alignment.storage import require_folder, writing
 from alignment.variant import PLAIN, Variant, resized, with_quantization
 
 out = Console(highlight=False, soft_wrap=True)
@@ -51,6 +51,10 @@ Policy = Annotated[
 ]
 Plain = Annotated[
     bool, typer.Option("--plain", help="nothing that the recipe keeps in float, no weights or biases searched for")
+]
+Workers = Annotated[int, typer.Option(min=1, help="processes that share the work")]
+Scheduler = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="of a Dask cluster that sees the same files, in their place")
 ]
 Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
 
@@ -142,9 +146,14 @@ def write_report(alignment: Alignment, staging: Path, folder: Path) -> None:
         with suppress(AlignError):  # what cannot be read is written over
             alignment.ladders = alignment.ladders or read_run(folder).ladders
     if (pictures := staging / "pictures").is_dir():
-        shutil.copytree(pictures, folder / "pictures", dirs_exist_ok=True)
+        shutil.copytree(pictures, folder / "pictures", copy_function=_copy, dirs_exist_ok=True)
     write_run(alignment, folder)
     out.print(f"report: {folder / 'report.html'}", markup=False)
+
+
+def _copy(source: str, target: str) -> None:
+    with writing(Path(target)) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def print_table(table: Table, least: int = 0) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +25,7 @@ from alignment.commands.console import (
 )
 from alignment.errors import AlignError
 from alignment.results import ExplainedBox, Explanation
+from alignment.scratch import scratch_folder
 from alignment.variant import Variant, golden_dir, load_variant
 
 _RANK = re.compile(r", rank \d+$")
@@ -63,11 +63,11 @@ def explain(
     if len(what) not in (1, 2):
         raise AlignError(f"{len(what)} arguments", "give one variant, or two records")
     alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
-    with tempfile.TemporaryDirectory(prefix="align-explain-") as staging:
+    with scratch_folder() as staging:
         if len(what) == 2:
             found = _explain_records(Path(what[0]), Path(what[1]), golden)
         else:
-            pictures = Path(staging) if out_dir else None
+            pictures = staging if out_dir else None
             deployed = {"score_threshold": deployed_score_threshold, "iou_threshold": deployed_iou_threshold}
             asked = {"score_threshold": score_threshold}, deployed
             variant = sized(load_variant(what[0]), size)
@@ -75,7 +75,7 @@ def explain(
         alignment.explanations.append(found)
         _print_explanation(found, show)
         if out_dir:
-            write_report(alignment, Path(staging), out_dir)
+            write_report(alignment, staging, out_dir)
     wrong = f"by a wrong setting: {found.wrong_settings}, " if found.wrong_settings else ""
     ap = "" if found.subject_ap is None else f"AP {found.reference_ap:.4f} and {found.subject_ap:.4f}, "
     out.print(

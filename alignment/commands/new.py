@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 import sys
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +28,7 @@ from alignment.commands.console import (
 from alignment.errors import AlignError
 from alignment.guess.findings import LAYOUTS, Asked, Finding
 from alignment.results import CaseResult
+from alignment.scratch import scratch_folder
 from alignment.variant import load_variant, zoo
 
 if TYPE_CHECKING:
@@ -69,12 +70,16 @@ def new(
         Literal["letterbox", "letterbox_top_left", "stretch"] | None, typer.Option(help="how images are fitted")
     ] = None,
 ) -> None:
-    """Find out what a model is, write its YAML, run the alignment, propose golden values, and report."""
+    """Find out what a model is, write its YAML, run the alignment, propose golden values, and report.
+
+    Killed before its report, the same command writes its YAML anew, unless somebody has changed that.
+    """
     from alignment.guess.bare import guess_onnx
     from alignment.guess.config import ConfigSource, guess_config
 
     path = out_dir / f"{name}.yaml"
-    _require_new(name, path, force)
+    origin = shlex.join(["align", *sys.argv[1:]])
+    _require_new(name, path, force or _unfinished(path, out_dir / "runs" / name, origin))
     _require_source(onnx, config, checkpoint)
     read: dict[str, object] = {"--classes": classes, "--layout": layout, "--output": output, "--anchors": anchors}
     read |= {"--range": values, "--channels": channels}
@@ -93,13 +98,13 @@ def new(
         assert config is not None
         assert checkpoint is not None
         found = guess_config(ConfigSource(config, checkpoint, overrides), name, data, asked)
-    _write(found, path)
+    _write(found, path, origin, force)
     _align(found, path, images, precisions, out_dir)
 
 
-def _write(found: Guessed, path: Path) -> None:
+def _write(found: Guessed, path: Path, origin: str, force: bool) -> None:
     """Says the guesses aloud, and writes the YAML."""
-    from alignment.guess.write import write_variant
+    from alignment.guess.write import variant_text, write_variant
 
     table = Table(Column("field", no_wrap=True), Column("value", no_wrap=True), "how sure", "evidence")
     colours = {"certain": "green", "likely": "yellow", "open": "red"}
@@ -111,7 +116,10 @@ def _write(found: Guessed, path: Path) -> None:
     print_table(table)
     if likely := [finding.field for finding in found.findings if finding.sure == "likely"]:
         out.print(f"likely, but not certain: {', '.join(likely)}: check them in the YAML", markup=False)
-    write_variant(path, found.variant, found.findings, shlex.join(["align", *sys.argv[1:]]))
+    asked = path, found.variant, found.findings, origin
+    if path.exists() and path.read_text(encoding="utf-8") != variant_text(*asked):
+        _require_new(found.variant.name, path, force)
+    write_variant(*asked)
     out.print(f"wrote {path}", markup=False)
 
 
@@ -124,18 +132,21 @@ def _align(found: Guessed, path: Path, images: int, precisions: tuple[str, ...],
     variant = load_variant(path)
     golden, folder = out_dir / "golden", out_dir / "runs" / variant.name
     cases = cases_of(variant, BACKENDS, precisions)
-    with tempfile.TemporaryDirectory(prefix="align-new-") as staging:
+    with scratch_folder() as staging:
         # Held to the defaults: what is there of another model of this name is proposed anew.
-        how = RunOptions(golden=Path(staging) / "golden", out=Path(staging))
+        how = RunOptions(golden=staging / "golden", out=staging)
         options = session.SessionOptions(found.data, images, how)
         with progress_bar(variant.name) as show:
             results, seconds, dataset = session.run_cases(variant, cases, options, show)
+        kept = replace(options, run=replace(how, golden=golden))
+        for case, result in zip(cases, results, strict=True):
+            result.command = session.command(variant, case, kept)
         alignment = session.new_alignment(shlex.join(["align", *sys.argv[1:]]))
         session.add_results(alignment, variant, results, seconds, dataset)
         ran = [result for result in results if result.status != "skip"]
         for result in ran if all(result.status == "pass" for result in ran) else ():
             update(golden, result, dataset, f"proposed by align new {variant.name}")
-        write_report(alignment, Path(staging), folder)
+        write_report(alignment, staging, folder)
     _print_proposal(golden, ran)
     for result in results:
         out.print(f"{result.case.id}: {result.status}: {result.reason}", markup=False)
@@ -180,6 +191,16 @@ def _require_new(name: str, path: Path, force: bool) -> None:
         raise AlignError(f"{name}: a variant of the zoo has that name", "give another")
     if path.exists() and not force:
         raise AlignError(f"{path}: is there already", "give another name, or --force to overwrite it")
+
+
+def _unfinished(path: Path, run: Path, origin: str) -> bool:
+    """Whether this very command has written the YAML, and was killed before the last file of its report."""
+    from alignment.guess.write import header
+    from alignment.report.run_folder import JUNIT
+
+    if not path.is_file() or (run / JUNIT).is_file():
+        return False
+    return path.read_text(encoding="utf-8", errors="replace").startswith(header(origin))
 
 
 def _require_source(onnx: Path | None, config: str | None, checkpoint: Path | None) -> None:

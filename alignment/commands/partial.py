@@ -15,7 +15,9 @@ from alignment.commands.console import (
     Images,
     Plain,
     Policy,
+    Scheduler,
     VariantName,
+    Workers,
     out,
     print_table,
     recipe_changes,
@@ -57,6 +59,8 @@ def partial(
     policy: Policy = None,
     plain: Plain = False,
     images: Images = None,
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
     data: Data = None,
 ) -> None:
     """Find the few nodes to keep in float: by measured gain, as two sensitive nodes may have one cause.
@@ -66,6 +70,7 @@ def partial(
     """
     goal = _goal(budget, layers, latency)
     require_folders({"--out": out_dir})
+    from alignment.executor import open_executor
     from alignment.quantize.candidates import Candidates
     from alignment.quantize.keep_float import KEEP_FLOAT
     from alignment.quantize.partial import partial as search
@@ -78,10 +83,10 @@ def partial(
     require_metric(metric)
     chosen = with_quantization(load_variant(variant), recipe_changes(plain, policy))
     given = None if ranking is None else Sensitivity.load(ranking)
-    candidates, scorer = Candidates(chosen, data), Scorer(chosen, data, images)
-    timed = _timer(candidates, scorer, level) if goal.kind == "latency" else None
-    with stage_bars(chosen.name) as show:
-        asked = (given or swept(candidates, scorer, show), goal, metric, tries, swaps, timed)
+    with open_executor(workers, scheduler) as executor, stage_bars(chosen.name) as show:
+        candidates, scorer = Candidates(chosen, data), Scorer(chosen, data, images, executor)
+        timed = _timer(candidates, scorer, level) if goal.kind == "latency" else None
+        asked = (given or swept(candidates, scorer, show, executor), goal, metric, tries, swaps, timed)
         found = search(candidates, scorer, *asked, lambda done, most: show("sets, at most", done, most))
     _print(found)
     for path in found.save(out_dir):

@@ -15,7 +15,9 @@ from alignment.commands.console import (
     Images,
     Plain,
     Policy,
+    Scheduler,
     VariantName,
+    Workers,
     out,
     print_table,
     recipe_changes,
@@ -44,10 +46,8 @@ def sensitivity(
     policy: Policy = None,
     plain: Plain = False,
     images: Images = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes, one layer each")] = 1,
-    scheduler: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="of a Dask cluster that sees the same files")
-    ] = None,
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="JSON of all numbers; it is kept in the cache")] = None,
     plot: Annotated[Path | None, typer.Option(help="SVG of the ranking")] = None,
     show: Annotated[int, typer.Option(min=1, help="how many layers to list")] = 20,

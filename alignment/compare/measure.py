@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +17,9 @@ from alignment.results import ErrorStats, Scores, StageName, TensorResult
 UNITS = {"boxes": "px", "angles": "rad", "scores": "probability"}
 #: Of a tensor that there is nothing to hold to.
 _NOTHING = ErrorStats(count=0, max_abs=0, mean_abs=0, p99_abs=0, cosine=0, sqnr_db=None)
+
+#: Fields of `_Tensor`.
+_PARTS, _COUNTS = ("difference", "reference", "subject"), ("referee_images", "nonfinite")
 
 
 @dataclass
@@ -102,6 +107,29 @@ class TensorErrors:
                     )
                 )
         return results
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All of it, for `from_arrays`."""
+        arrays = {"names": np.array(json.dumps(list(self._tensors))), "nonfinite": np.array(self.nonfinite)}
+        for number, tensor in enumerate(self._tensors.values()):
+            arrays[f"{number}/counts"] = np.array([getattr(tensor, name) for name in _COUNTS])
+            for part in _PARTS:
+                arrays |= {f"{number}/{part}/{key}": a for key, a in getattr(tensor, part).to_arrays().items()}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> TensorErrors:
+        """What `to_arrays` gave."""
+        found = cls()
+        found.nonfinite = int(arrays["nonfinite"])
+        for number, name in enumerate(json.loads(str(arrays["names"]))):
+            tensor = found._tensors[name] = _Tensor()
+            for part in _PARTS:
+                keys = {key: arrays[f"{number}/{part}/{key}"] for key in ("sums", "bins", "counts")}
+                setattr(tensor, part, ErrorAccumulator.from_arrays(keys))
+            for field_name, count in zip(_COUNTS, arrays[f"{number}/counts"].tolist(), strict=True):
+                setattr(tensor, field_name, count)
+        return found
 
 
 def count_agreement(agreements: list[Agreement]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -18,6 +19,9 @@ _BLOCK = 1 << 16
 # bins), so that no column is left out.
 _SAMPLE_STEP = 11
 _SAMPLED_FROM = 1 << 14
+
+# What `ErrorAccumulator` adds up beside its histogram; counts stay below 2^53.
+_SUMS = ("_count", "_nonfinite", "_max", "_sum", "_noise", "_subject", "_reference", "_dot")
 
 
 class ErrorAccumulator:
@@ -87,6 +91,21 @@ class ErrorAccumulator:
             sqnr_db=sqnr,
             nonfinite=self._nonfinite,
         )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All of it, for `from_arrays`."""
+        bins = np.flatnonzero(self._histogram)
+        sums = np.array([getattr(self, name) for name in _SUMS], np.float64)
+        return {"sums": sums, "bins": bins, "counts": self._histogram[bins]}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ErrorAccumulator:
+        """What `to_arrays` gave."""
+        found = cls()
+        for name, value in zip(_SUMS, arrays["sums"].tolist(), strict=True):
+            setattr(found, name, type(getattr(found, name))(value))
+        found._histogram[arrays["bins"]] = arrays["counts"]
+        return found
 
     def _finite(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         both = np.isfinite(a) & np.isfinite(b)

@@ -55,8 +55,14 @@ class Samples:
         return len(self.dataset.images)
 
     def __iter__(self) -> Iterator[Sample]:
+        return self.after(0)
+
+    def after(self, count: int) -> Iterator[Sample]:
+        """The images but the first `count`."""
+        entries = self.dataset.images[count:]
+        if not entries:
+            return
         with ThreadPoolExecutor(1) as pool:
-            entries = self.dataset.images
             ahead = pool.submit(self.load, entries[0])
             for following in [*entries[1:], None]:
                 sample = ahead.result()

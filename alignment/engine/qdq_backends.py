@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from alignment.export.float16 import split
 from alignment.layers import mark_outputs
 from alignment.quantize.graph import QUANTIZING, OnnxGraph
 from alignment.quantize.pairs import QdqGraph
+from alignment.scratch import scratch_folder
 from alignment.variant import Variant
 
 FaultKind = Literal["scale", "clip", "per-tensor"]
@@ -260,7 +260,7 @@ def _after_each(model: ModelProto, make: Callable[[str, str], list[NodeProto]]) 
 @contextmanager
 def _file(model: ModelProto, name: str = "model") -> Iterator[Path]:
     """The graph as a file, for as long as the block runs."""
-    with tempfile.TemporaryDirectory(prefix="align-culprit-") as folder:
-        path = Path(folder) / f"{name}.onnx"
+    with scratch_folder() as folder:
+        path = folder / f"{name}.onnx"
         onnx.save(model, path)
         yield path

@@ -25,16 +25,25 @@ def write_variant(path: Path, variant: Variant, findings: list[Finding], origin:
         findings: in any order; those of one group go together.
         origin: the command, for the first line.
     """
+    with writing(path) as temporary:
+        temporary.write_text(variant_text(path, variant, findings, origin), encoding="utf-8")
+
+
+def header(origin: str) -> str:
+    """The comment that the file begins with."""
+    text = f"Written by `{origin}`.  Above each field its evidence, and how sure it is."
+    return "\n".join(_comment(text, "")) + "\n"
+
+
+def variant_text(path: Path, variant: Variant, findings: list[Finding], origin: str) -> str:
+    """What `write_variant` writes."""
     fields = as_fields(findings)
     written: dict[str, Any] = {"name": variant.name, "source": _source(variant, path.parent, fields.pop("source", {}))}
     for group in ("input", "preprocess", "classes", "boxes", "nms", "dataset", "notes"):
         if group in fields:
             written[group] = fields[group]
     comments = {finding.field: f"{finding.sure}: {finding.evidence}" for finding in findings}
-    header = f"Written by `{origin}`.  Above each field its evidence, and how sure it is."
-    lines = [*_comment(header, ""), *_lines(written, "", comments, {})]
-    with writing(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return header(origin) + "\n".join(_lines(written, "", comments, {})) + "\n"
 
 
 def _source(variant: Variant, folder: Path, head: dict[str, Any]) -> dict[str, Any]:

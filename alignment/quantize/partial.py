@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,19 @@ class Partial:
         return paths
 
 
-def swept(candidates: Candidates, scorer: Scorer, progress: Callable[[str, int, int], None] | None) -> Sensitivity:
-    """The sweep that a search goes by, on the same images; `progress` as `alignment.quantize.sweep.sweep` has it."""
+def swept(
+    candidates: Candidates,
+    scorer: Scorer,
+    progress: Callable[[str, int, int], None] | None,
+    executor: Executor | None = None,
+) -> Sensitivity:
+    """The sweep that a search goes by, on the same images; the rest as `alignment.quantize.sweep.sweep` has it."""
     from alignment.quantize.sweep import sweep
 
     mode: Mode = "leave-one-out" if candidates.variant.quantization.searched else "quantize-one"
-    return sweep(candidates.variant, candidates.quantized(()), scorer.samples, mode, progress=progress)[0]
+    return sweep(
+        candidates.variant, candidates.quantized(()), scorer.samples, mode, executor=executor, progress=progress
+    )[0]
 
 
 def partial(

@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import random
-import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +46,7 @@ from alignment.quantize.qat_model import Diverged, QatModel, trainable, trained_
 from alignment.quantize.torch_model import float_detector, node_map_of, quantized_detector
 from alignment.quantize.trained import Trained, identity_of
 from alignment.runners.base import cpu_threads
+from alignment.scratch import scratch_folder
 from alignment.storage import writing
 from alignment.variant import Variant
 
@@ -290,8 +290,8 @@ def train(
     model = QatModel(owner, preprocessor, teacher.to(options.device), options.labels, options.distill)
     watch = _Watch(options, judge, checkpoint, identity, progress)
     stopped, diverged = "", False
-    with tempfile.TemporaryDirectory(prefix="align-qat-") as work:
-        runner = _runner(model.to(options.device), loader, groups, watch, Path(work), learnt)
+    with scratch_folder() as work:
+        runner = _runner(model.to(options.device), loader, groups, watch, work, learnt)
         try:
             runner.train()
         except Diverged as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import onnx
 import onnx.version_converter
 from onnx import numpy_helper
 
-from alignment.cache import Key, digest_of, holding, kept, resumable
+from alignment.cache import Key, digest_of, kept, resumable
 from alignment.data.samples import CALIBRATION_SPLIT, Samples, open_samples
 from alignment.engine.int8 import write_cache
 from alignment.errors import AlignError
@@ -33,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 #: TensorRT whose name a calibration cache carries unless another is asked for.
 CACHE_VERSION = "8.6.1"
 # Files of entries in the cache.
-_CALIBRATION, _WEIGHTS = "calibration.npz", "weights.npz"
+_CALIBRATION, _WEIGHTS, _UNITS = "calibration.npz", "weights.npz", "units"
 
 
 @dataclass(frozen=True)
@@ -257,14 +258,21 @@ def _improved(
             recipe.bias_correction,
             options,
             (lambda done, total: progress(recipe.rounding, done, total)) if progress else None,
+            folder / _UNITS,
         )
         units = [[unit.name, unit.nearest, unit.adaround] for unit in better.units]
         arrays = {f"weights/{name}": value for name, value in better.weights.items()}
         arrays |= {f"biases/{name}": value for name, value in better.biases.items()}
-        np.savez_compressed(folder / _WEIGHTS, units=np.array(json.dumps(units)), **arrays)  # type: ignore[arg-type]
+        with writing(folder / _WEIGHTS) as file, file.open("wb") as opened:
+            np.savez_compressed(opened, units=np.array(json.dumps(units)), **arrays)  # type: ignore[arg-type]
 
-    with holding(_weights_key(variant, found, device), search) as folder, np.load(folder / _WEIGHTS) as stored:
-        improved = dict(stored)
+    # Units are files, each read or made anew: no unfinished work is refused.
+    with resumable(_weights_key(variant, found, device), lambda folder: None) as folder:
+        if not (folder / _WEIGHTS).is_file():
+            search(folder)
+        shutil.rmtree(folder / _UNITS, ignore_errors=True)
+        with np.load(folder / _WEIGHTS) as stored:
+            improved = dict(stored)
     parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "biases": {}}
     for name, array in improved.items():
         kind, _, key = name.partition("/")

@@ -8,8 +8,10 @@ Units that are sampled together each make good for the same errors before them, 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.nn import functional
 from alignment.errors import AlignError
 from alignment.quantize.adaround import Options, Reconstruction, Unit, nearest, reconstruct
 from alignment.quantize.torch_model import QuantizedDetector, Quantizing
+from alignment.storage import writing
 
 if TYPE_CHECKING:
     from alignment.models.detector import Detector
@@ -93,6 +96,7 @@ def improve(
     correct_bias: bool = False,
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kept: Path | None = None,
 ) -> Improved:
     """Finds weights, and puts them into `quantized`; both models are left on the device of `options`.
 
@@ -104,6 +108,8 @@ def improve(
         correct_bias: whether the mean error of each output channel is taken off its bias, afterwards.
         options: of the optimization.
         progress: called with the number of units done, and all.
+        kept: a folder for what is found, a file a unit; what lies there was found by a search like this that was
+            interrupted, and is taken.
     """
     options = options or Options()
     read = [torch.from_numpy(image).to(options.device) for image in itertools.islice(images, IMAGES)]
@@ -111,21 +117,68 @@ def improve(
     layers = list(_layers(quantized))
     blocks = _blocks(quantized, layers, scene.images[0]) if rounding == "brecq" else {}
     order = _in_units(layers, blocks)
-    weights: dict[str, np.ndarray] = {}
-    biases: dict[str, np.ndarray] = {}
-    done: list[Reconstruction] = []
+    found = Improved({}, {}, ())
     for number, (path, members) in enumerate(order):
-        if rounding != "nearest":
-            unit = _block_unit(scene, path, members) if path else _layer_unit(scene, members[0])
-            done.append(reconstruct(unit, replace(options, batch=WINDOWS_AT_ONCE) if path else options))
-            for layer in members:
-                layer.module.weight.data.copy_(done[-1].weights[layer.initializer])
-                weights[layer.initializer] = layer.module.weight.detach().cpu().numpy().copy()
-        for layer in members if correct_bias else ():
-            biases[layer.node] = _correct(scene, layer)
+        file = None if kept is None else kept / f"{number}.npz"
+        part = _read(file) if file and file.is_file() else None
+        if part is None:
+            part = _improved(scene, path, members, rounding, correct_bias, options)
+            if file:
+                _write(part, file)
+        for layer in members:
+            _put(part, layer)
+        found = Improved(found.weights | part.weights, found.biases | part.biases, found.units + part.units)
         if progress:
             progress(number + 1, len(order))
-    return Improved(weights, biases, tuple(done))
+    return found
+
+
+def _improved(
+    scene: _Scene, path: str, members: list[_Layer], rounding: Rounding, correct_bias: bool, options: Options
+) -> Improved:
+    """What is found for one unit: the block at `path`, or the layer that is its only member."""
+    found = Improved({}, {}, ())
+    if rounding != "nearest":
+        unit = _block_unit(scene, path, members) if path else _layer_unit(scene, members[0])
+        done = reconstruct(unit, replace(options, batch=WINDOWS_AT_ONCE) if path else options)
+        found = Improved({name: weight.numpy() for name, weight in done.weights.items()}, {}, (done,))
+    for layer in members if correct_bias else ():
+        _put(found, layer)
+        found.biases[layer.node] = _correct(scene, layer)
+    return found
+
+
+def _put(found: Improved, layer: _Layer) -> None:
+    """Writes what was found into the model."""
+    if layer.initializer in found.weights:
+        layer.module.weight.data.copy_(torch.from_numpy(found.weights[layer.initializer]))
+    if layer.node in found.biases:
+        assert layer.module.bias is not None
+        layer.module.bias.data.copy_(torch.from_numpy(found.biases[layer.node]))
+
+
+def _write(found: Improved, path: Path) -> None:
+    units = [[unit.name, unit.nearest, unit.adaround] for unit in found.units]
+    arrays = {f"weights/{name}": value for name, value in found.weights.items()}
+    arrays |= {f"biases/{name}": value for name, value in found.biases.items()}
+    with writing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, units=np.array(json.dumps(units)), **arrays)  # type: ignore[arg-type]
+
+
+def _read(path: Path) -> Improved | None:
+    """What `_write` wrote; None for a file that cannot be read."""
+    try:
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        told = json.loads(str(arrays.pop("units")))
+        units = tuple(Reconstruction(name, before, after, {}) for name, before, after in told)
+    except Exception:  # zip, NumPy and JSON each have their own
+        return None
+    parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "biases": {}}
+    for key, array in arrays.items():
+        kind, _, name = key.partition("/")
+        parts[kind][name] = array
+    return Improved(**parts, units=units)
 
 
 def _layers(owner: QuantizedDetector) -> Iterator[_Layer]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,13 @@ from onnx import ModelProto
 from alignment import __version__, cache
 from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
+from alignment.evaluation import detect_node_by_node
 from alignment.export.onnx_export import exported, file_digest
 from alignment.export.plugin_nms import refuse_plugin
-from alignment.models.outputs import detect
 from alignment.nms.multiclass import Detections
 from alignment.runners.base import cpu_threads
-from alignment.runners.onnxruntime import OnnxRuntimeRunner
+from alignment.scratch import temporary
+from alignment.storage import cache_dir
 from alignment.variant import Variant
 
 #: Raise it when decoding, NMS or what is measured comes to mean something else: kept scores are then left alone.
@@ -49,6 +50,7 @@ class Scorer:
         variant: whose images, decoding and NMS.
         data: COCO-layout root, for variants on COCO.
         images: the first so many of its validation images; default: all.
+        executor: where images are run, see `alignment.evaluation`.
 
     Attributes:
         source: the float32 graph, as exported.
@@ -59,8 +61,10 @@ class Scorer:
         AlignError: for images or weights that are missing.
     """
 
-    def __init__(self, variant: Variant, data: Path | None = None, images: int | None = None) -> None:
-        self.variant = variant
+    def __init__(
+        self, variant: Variant, data: Path | None = None, images: int | None = None, executor: Executor | None = None
+    ) -> None:
+        self.variant, self._executor = variant, executor
         self.source = refuse_plugin(exported(variant).onnx, "no int8 here")
         self.samples = open_samples(variant, data, images)
         self.runs = 0
@@ -97,13 +101,13 @@ class Scorer:
     def detect(self, path: Path) -> dict[int, Detections]:
         """What a graph detects, by image id."""
         self.runs += 1
-        # Fused int8 kernels saturate on CPUs without VNNI; node by node the graph is what it says.
-        with OnnxRuntimeRunner(path, optimize=False) as runner:
-            return detect(self.samples, runner.run)
+        return detect_node_by_node(path, self.samples, self._executor)
 
     def _detect(self, content: bytes) -> dict[int, Detections]:
-        with tempfile.TemporaryDirectory(prefix="align-score-") as folder:
-            path = Path(folder) / "scored.onnx"
+        # In the cache, which workers see.
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with temporary(cache_dir(), ".scored-", "", folder=True) as folder:
+            path = folder / "scored.onnx"
             path.write_bytes(content)
             return self.detect(path)
 
@@ -121,7 +125,7 @@ class Scorer:
             "source_sha256": file_digest(self.source),
             "images": f"{dataset.content_fingerprint}, the first {len(self.samples)}",
             "annotations": dataset.fingerprint,
-            "threads": cpu_threads(),
+            "threads": 1 if self._executor else cpu_threads(),
             "meaning": MEANING,
         }
 

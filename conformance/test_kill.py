@@ -21,18 +21,16 @@ import pytest
 from command_line import variant_file
 from killing import KILLED, Command, Stem
 
-from alignment.data.synthetic import SEED, VERSION
-
 pytestmark = [pytest.mark.kill, pytest.mark.xdist_group("kill")]
 #: Part of the head reads int8.
 FEW = {"policy": "conv-only", "keep_float": ["/detector/backbone/*", "/detector/neck/*", "*/reg_preds*"], "images": 6}
 CLIPPED = "/detector/bbox_head/head_module/cls_preds.1/cls_preds.1.1/conv/Conv"
 #: Small, as what is measured does not matter.
 SMALL = {"dataset": "synthetic", "quantization": FEW, "input": {"height": 96, "width": 96}}
-#: Keys of what differs between two runs of one command: dates and durations.
-VOLATILE = {"created", "timing", "seconds"}
+#: Keys of what differs between two runs of one command: dates and durations, and the digests of files that hold some.
+VOLATILE = {"created", "made", "timing", "seconds", "size", "sha256"}
 #: Names of what a command leaves only when it is killed.
-UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?|alignment-scratch-.+|.+\.work|.+\.units|.+\.checkpoint\.pth")
+UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?|alignment-scratch-.+|.+\.work|units|.+\.checkpoint\.pth")
 #: At most so much of that lies there at any time: a kill adds nothing for long.
 UNFINISHED_AT_ONCE = 4
 
@@ -71,7 +69,7 @@ COMMANDS = {
         "quantize planted.yaml --out out",
         ("quantize.calibrate:_Observed.run",),
         lost=2,
-        first="cache/calibration/*.npz",
+        first="cache/entries/calibration/*/*.npz",
         constants={"quantize.calibrate:SAVE_EVERY": 2},
         drawn=True,
     ),
@@ -79,7 +77,7 @@ COMMANDS = {
         "quantize planted.yaml --rounding adaround --bias-correction --out out",
         ("quantize.reconstruction:reconstruct",),
         lost=1,
-        first="cache/weights/*.units/*.npz",
+        first="cache/entries/weights/*/units/*.npz",
         constants={
             "quantize.adaround:Options.__init__.__defaults__": [15, 32, 0.01, 0.01, 0.2, [20.0, 2.0], 0.25, "cpu", 0],
             "quantize.reconstruction:PLACES": 512,
@@ -89,20 +87,20 @@ COMMANDS = {
         "sensitivity planted.yaml --images 2 --out out/found.json",
         ("quantize.sweep:measure",),
         lost=1,
-        first="cache/sensitivity/*.json",
+        first="cache/entries/sensitivity/*/*.sensitivity.json",
     ),
     # Beside the set in question a search that goes on runs the float network again.
     "partial": Long(
         "partial planted.yaml --images 2 --layers 1 --tries 2 --swaps 1 --out out",
         ("quantize.sweep:measure", "quantize.scoring:Scorer.detect"),
         lost=2,
-        first="cache/scores/*.json",
+        first="cache/entries/score/*",
     ),
     "culprit": Long(
         f"culprit planted.yaml --backend simulated --fault clip:{CLIPPED} --images 1 --out out",
         ("engine.gap:Comparison._measured",),
         lost=1,
-        first="cache/culprit/*.json",
+        first="cache/entries/gap/*",
         status=1,
     ),
     "qat": Long(
@@ -126,7 +124,7 @@ COMMANDS = {
         first="out/alignment.json",
     ),
     "new": Long(
-        f"new fresh --onnx cache/given.onnx --data cache/synthetic-v{VERSION}-seed{SEED} --images 2 --out out",
+        "new fresh --onnx cache/given.onnx --data cache/given --images 2 --out out",
         first="out/fresh.yaml",
     ),
     "explain": Long("explain planted.yaml --images 3 --out out"),
@@ -148,7 +146,9 @@ def begun(stem, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("begun")
     variant_file(folder, lambda fields: fields.update(SMALL))
     assert stem.run(Command(("quantize", "planted.yaml", "--out", "out")), folder) == 0
-    shutil.copyfile(next((folder / "cache" / "onnx").rglob("*.onnx")), folder / "cache" / "given.onnx")
+    entries = folder / "cache" / "entries"
+    shutil.copyfile(next((entries / "onnx").rglob("*.onnx")), folder / "cache" / "given.onnx")
+    shutil.copytree(next((entries / "images").glob("*/synthetic-*")), folder / "cache" / "given")
     return folder
 
 
@@ -162,9 +162,9 @@ class Life:
         shutil.copyfile(begun / "planted.yaml", folder / "planted.yaml")
         # By rename alone is anything written there, so that links do.
         shutil.copytree(begun / "cache", folder / "cache", copy_function=lambda a, b: Path(b).hardlink_to(a))
-        for kept in (folder / "cache").iterdir() if long.drawn else ():
-            if not kept.name.startswith("synthetic"):
-                shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
+        for kind in (folder / "cache" / "entries").iterdir() if long.drawn else ():
+            if kind.name != "images":
+                shutil.rmtree(kind)
 
     def start(self, **moment: Any) -> int:
         """Its exit status."""
@@ -199,7 +199,8 @@ class Life:
     @property
     def result(self) -> dict[str, Any]:
         """All files that it came to, by name: what they say, without dates, durations and this folder's name."""
-        paths = [path for part in ("out", "cache") for path in (self.folder / part).rglob("*") if path.is_file()]
+        parts = ("out", "cache/entries", "cache/runs")
+        paths = [path for part in parts for path in (self.folder / part).rglob("*") if path.is_file()]
         names = {str(path.relative_to(self.folder)): path for path in paths if path.suffix != ".lock"}
         return {name: self._told(path) for name, path in sorted(names.items())}
 

@@ -27,7 +27,10 @@ def run(
     case: Annotated[str, typer.Option("--case", help="names with commas; default: all")] = "",
     variant: Annotated[str, typer.Option(help="in place of the case's own; name or YAML file")] = "",
     repeat: Annotated[int | None, typer.Option(min=1, help="turns; default: the case's own")] = None,
-    sizes: Annotated[str, typer.Option(metavar="N,N,N", help="rising; default: the case's own")] = "",
+    sizes: Annotated[str, typer.Option(metavar="N,N,N", help="default: the case's own")] = "",
+    only: Annotated[
+        str, typer.Option(help="contestants whose names hold one of these words, and the first of ours")
+    ] = "",
     timeout: Annotated[float, typer.Option(help="seconds that one contestant's work may take")] = 300,
     again: Annotated[bool, typer.Option("--again", help="also what is there already")] = False,
     folder: Out = Path("benchmarks/results"),
@@ -40,32 +43,28 @@ def run(
             raise AlignError(f"no case is named {name}", f"give one of {', '.join(CASES)}")
     if variant:
         load_variant(variant)
-    failed = [
-        name for name in names if not _run_one(CASES[name], variant, repeat, sizes, folder, probe(timeout), again)
-    ]
+    failed = False
+    for chosen in map(CASES.__getitem__, names):
+        request = Request(
+            case=chosen.name,
+            variant=(variant or chosen.variant) if chosen.variant else "",
+            repeat=repeat or chosen.repeat,
+            sizes=_sizes(sizes) if sizes else list(chosen.sizes),
+            only=list(names_in(only)),
+        )
+        failed |= not run_one(chosen, request, folder, probe(timeout), again)
     if failed:
         raise typer.Exit(1)
 
 
-def _run_one(
-    case: Case, variant: str, repeat: int | None, sizes: str, folder: Path, memory: Probe, again: bool
-) -> bool:
+def run_one(case: Case, request: Request, folder: Path, memory: Probe, again: bool = False) -> bool:
     """Measures one case unless it is there; whether ours was measured, or the case cannot run here."""
-    request = Request(
-        case=case.name,
-        variant=(variant or case.variant) if case.variant else "",
-        repeat=repeat or case.repeat,
-        sizes=_sizes(sizes) if sizes else list(case.sizes),
-    )
     path = folder / f"{'-'.join(filter(None, (case.name, Path(request.variant).stem)))}.json"
-    if path.is_file() and not again:
-        found = CaseResult.load(path)
-        if found.request == request:
-            out.print(f"{path}: there", markup=False)
-            return bool(found.skipped or found.ours and found.ours.growth is not None or _measured(found))
-    with stage_bars(case.name) as show:
-        found = measure(case, request, memory, progress=show)
-    found.save(path)
+    found = CaseResult.load(path) if path.is_file() and not again else None
+    if found is None or found.request != request:
+        with stage_bars("") as show:
+            found = measure(case, request, memory, progress=show)
+        found.save(path)
     out.print(f"{path}: {found.skipped or _told(found)}", markup=False)
     return bool(found.skipped) or _measured(found)
 

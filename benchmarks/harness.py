@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def measure(
         read: the clock.
         progress: called with the memory or turns done.
     """
+    case = replace(case, contestants=_asked(case.contestants, request.only))
     found = CaseResult(
         request=request,
         title=case.title,
@@ -145,6 +146,11 @@ def measure(
             for name, scores in case.judge(setting, results).items():
                 entries[name].scores = scores
     return found
+
+
+def _asked(contestants: tuple[Contestant, ...], words: list[str]) -> tuple[Contestant, ...]:
+    first = next((one for one in contestants if one.kind == "ours"), None)
+    return tuple(one for one in contestants if not words or one is first or any(word in one.name for word in words))
 
 
 def _probe_all(

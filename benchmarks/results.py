@@ -86,20 +86,24 @@ class Entry(_Model):
     def growth(self) -> float | None:
         """b of processor seconds = a × size^b, a straight line through the logarithms of the medians."""
         points = [(one.size, float(np.median(one.seconds("cpu_s")))) for one in self.sizes if one.turns]
-        points = [(math.log(size), math.log(seconds)) for size, seconds in points if seconds > 0]
-        if len(points) < 2:
+        logarithms = [(math.log(size), math.log(seconds)) for size, seconds in points if seconds > 0]
+        if len(logarithms) < 2:
             return None
-        x, y = np.array(points).T
+        x, y = np.array(logarithms).T
         return float(np.polyfit(x, y, 1)[0])
 
 
 class Request(_Model):
-    """What was asked for: a file that answers another request is measured anew."""
+    """What was asked for; with `only`, the contestants whose names hold one of these words, and the first of ours.
+
+    A file that answers another request is measured anew.
+    """
 
     case: str
     variant: str
     repeat: int
     sizes: list[int]
+    only: list[str] = []
 
 
 class CaseResult(_Model):

@@ -93,8 +93,12 @@ def _row(result: CaseResult, entry: Entry, scores: list[str], width: int) -> str
     cells.append("-" if entry.growth is None else f"{entry.growth:.2f}")
     memory = [one.memory.peak_mb - one.memory.before_mb for one in entry.sizes if one.memory]
     cells.append(" / ".join(f"{value:.0f}" for value in memory) or "-")
-    cells += [f"{entry.scores[score]:.4g}" if score in entry.scores else "-" for score in scores]
+    cells += [_number(entry.scores[score]) if score in entry.scores else "-" for score in scores]
     return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
 
 
 def _spread(spread: Spread | None) -> str:

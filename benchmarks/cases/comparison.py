@@ -16,8 +16,9 @@ ROWS, CLASSES = 8400, 80
 
 def outputs(count: int) -> tuple[Named, Named]:
     """What two backends give for each of `count` images of 640 x 640: boxes, scores and raw outputs of three levels."""
-    rng, sides = np.random.default_rng(0), ([], [])
-    shapes = {"boxes": (1, ROWS, 4), "scores": (1, ROWS, CLASSES)}
+    rng = np.random.default_rng(0)
+    sides: tuple[Named, Named] = [], []
+    shapes: dict[str, tuple[int, ...]] = {"boxes": (1, ROWS, 4), "scores": (1, ROWS, CLASSES)}
     shapes |= {f"cls{i}": (1, CLASSES, size, size) for i, size in enumerate((80, 40, 20))}
     shapes |= {f"box{i}": (1, 64, size, size) for i, size in enumerate((80, 40, 20))}
     for _ in range(count):

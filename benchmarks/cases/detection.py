@@ -55,7 +55,7 @@ def contestants(backend: str) -> tuple[Contestant, ...]:
 
 CASE = Case(
     name="detection",
-    title="Images from files to detections in FP32 on ONNX Runtime, beside inference alone on images that are preprocessed",
+    title="Images from files to detections in FP32 on ONNX Runtime, beside inference alone on preprocessed images",
     axis="images",
     sizes=(16, 32, 64),
     variant="yolov8_embedded",

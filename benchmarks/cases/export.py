@@ -97,8 +97,8 @@ def judge(setting: Setting, results: dict[str, Any]) -> dict[str, dict[str, floa
 _TORCH = ("torch",)
 CASE = Case(
     name="export",
-    title="An ONNX file of a YOLOv8 of embedded width, whose stages have 1, 2 and 4 blocks; building the torch model is "
-    "part of it",
+    title="An ONNX file of a YOLOv8 of embedded width, whose stages have 1, 2 and 4 blocks; building the torch model "
+    "is part of it",
     axis="blocks a stage",
     sizes=(1, 2, 4),
     variant="yolov8_embedded",

@@ -152,8 +152,8 @@ def judge(setting: Setting, results: dict[str, Any]) -> dict[str, dict[str, floa
 
 CASE = Case(
     name="nms",
-    title="Post-processing of images of 8400 rows and 80 classes, some 20000 pairs above the score threshold; ours also "
-    "says what became of each, and all but ours, best 300, keep 300 or more of every class",
+    title="Post-processing of images of 8400 rows and 80 classes, some 20000 pairs above the score threshold; ours "
+    "also says what became of each, and all but ours, best 300, keep 300 or more of every class",
     axis="images",
     sizes=(1, 2, 4),
     contestants=(

@@ -75,8 +75,8 @@ def judge(setting: Setting, results: dict[str, Any]) -> dict[str, dict[str, floa
 
 CASE = Case(
     name="report",
-    title="The RUN folder of a run: data, the page with its pictures, and JUnit; there is no peer, and the data as JSON is "
-    "the floor",
+    title="The RUN folder of a run: data, the page with its pictures, and JUnit; there is no peer, and the data as "
+    "JSON is the floor",
     axis="cases",
     sizes=(26, 52, 104),
     variant="yolov8_embedded",

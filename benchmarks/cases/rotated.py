@@ -72,8 +72,8 @@ def judge(setting: Setting, results: dict[str, Any]) -> dict[str, dict[str, floa
 
 CASE = Case(
     name="rotated-iou",
-    title="IoU of pairs of rotated boxes that are much alike; `python -m benchmarks.rotated_iou` has the errors of every "
-    "kind of pair",
+    title="IoU of pairs of rotated boxes that are much alike; `python -m benchmarks.rotated_iou` has the errors of "
+    "every kind of pair",
     axis="pairs",
     sizes=(10_000, 20_000, 40_000),
     contestants=(

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from alignment.quantize.recipe import Quantized
 
 #: What the other axis has.
-IMAGES, LAYERS = 8, 8
+IMAGES, LAYERS = 4, 8
 _number = itertools.count()
 Given = Callable[[Setting], tuple["Quantized", "Samples"]]
 
 
 def given(axis: str) -> Given:
-    """The quantized variant with so many layers, evenly from the graph, and so many images; every convolution is one."""
+    """The quantized variant with so many of its convolutions as layers, evenly from the graph, and so many images."""
 
     def of(setting: Setting) -> tuple[Quantized, Samples]:
         from alignment.quantize.recipe import quantize
@@ -106,4 +106,4 @@ def _case(axis: str, sizes: tuple[int, ...], title: str) -> Case:
 
 _TITLE = "A sweep over layers, each alone in int8, with all metrics and what they need: FP32 and the kept tensors"
 BY_LAYERS = _case("layers", (8, 16, 32), f"{_TITLE}; {IMAGES} images")
-BY_IMAGES = _case("images", (8, 16, 32), f"{_TITLE}; {LAYERS} layers")
+BY_IMAGES = _case("images", (4, 8, 16), f"{_TITLE}; {LAYERS} layers")

@@ -101,7 +101,7 @@ DETECTION = Case(
 )
 PLUGIN = Case(
     name="plugin",
-    title=f"{RUNS} runs of one batch on a GPU, an FP16 engine that ends in the plugin for rotated NMS, and one before it",
+    title=f"{RUNS} runs of one batch on a GPU: an FP16 engine that ends in the plugin for rotated NMS, and one without",
     axis="images a batch",
     sizes=(1, 4, 16),
     variant="rtmdet_r_embedded",

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,7 +189,9 @@ def _turns(
             with quiet():
                 return do()
         except Exception as error:
-            entries[name].fault = f"{setting.size} {case.axis}: {line(error)}"
+            entry = entries[name]
+            entry.fault = f"{setting.size} {case.axis}: {line(error)}"
+            entry.sizes = [one for one in entry.sizes if one.size < setting.size]
             works.pop(name, None)
             results.pop(name, None)
             return None
@@ -217,21 +219,19 @@ def _turns(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Sends what is printed, by C++ too, nowhere."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     kept = [os.dup(number) for number in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, saved in zip((1, 2), kept, strict=True):
-            os.dup2(saved, number)
-            os.close(saved)
-        os.close(nowhere)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number in (1, 2):
+                os.dup2(nowhere.fileno(), number)
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
+        finally:
+            for number, saved in zip((1, 2), kept, strict=True):
+                os.dup2(saved, number)
+                os.close(saved)
 
 
 def line(error: BaseException) -> str:

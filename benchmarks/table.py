@@ -41,7 +41,7 @@ def _worst(results: Sequence[CaseResult]) -> str:
             ]
             if found:
                 _, name, spread = max(found)
-                rows.append((spread.median, f"| {_name(result)} | {name} | {kind} | {_spread(spread)} |"))
+                rows.append((spread.median, f"| {_name(result)} | {_cell(name)} | {kind} | {_spread(spread)} |"))
     if not rows:
         return ""
     lines = "\n".join(text for _, text in sorted(rows, reverse=True))
@@ -56,7 +56,7 @@ def _name(result: CaseResult) -> str:
 def _case(result: CaseResult) -> str:
     lines = [f"## {_name(result)}", "", f"{result.title}.", ""]
     if result.skipped:
-        return "\n".join([*lines[:3], f"Not measured: {result.skipped}.", ""])
+        return "\n".join([*lines, f"Not measured: {result.skipped}.", ""])
     sizes = " / ".join(map(str, result.request.sizes))
     packages = {name: version for entry in result.entries for name, version in entry.versions.items()}
     facts = ", ".join(f"{key} {value}" for key, value in (result.machine | packages).items())
@@ -77,7 +77,7 @@ def _last(entry: Entry) -> int | None:
 
 
 def _row(result: CaseResult, entry: Entry, scores: list[str], width: int) -> str:
-    name = f"**{entry.name}**" if entry is result.ours else entry.name
+    name = f"**{_cell(entry.name)}**" if entry is result.ours else _cell(entry.name)
     size = _last(entry)
     if size is None:
         return f"| {name} | {_cell(entry.fault or 'not measured')} |{' |' * (width - 2)}"

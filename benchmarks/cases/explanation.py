@@ -14,8 +14,8 @@ MOST = 1000
 
 
 def sides(count: int) -> list[tuple[Any, Any]]:
-    """For each image mmyolo's post-processing, and EfficientNMS behind a TopK of 900 rows, on boxes and scores that moved
-    as in float32."""
+    """For each image mmyolo's post-processing, and EfficientNMS behind a TopK of 900 rows, on boxes and scores that
+    moved as in float32."""
     from alignment.nms.causes import Side
     from alignment.nms.implementations import efficient_nms, mmyolo
     from alignment.variant import Nms
@@ -71,8 +71,8 @@ def judge(setting: Setting, results: dict[str, Any]) -> dict[str, dict[str, floa
 
 CASE = Case(
     name="explanation",
-    title="Every box that mmyolo's post-processing and EfficientNMS behind a TopK keep otherwise, of images of 8400 rows "
-    "and 80 classes, explained by replay; there is no peer, and two post-processings are the floor",
+    title="Every box that mmyolo's post-processing and EfficientNMS behind a TopK keep otherwise, of images of 8400 "
+    "rows and 80 classes, explained by replay; there is no peer, and two post-processings are the floor",
     axis="images",
     sizes=(2, 4, 8),
     repeat=3,

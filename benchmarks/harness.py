@@ -201,6 +201,9 @@ def _turns(
             work = attempt(contestant.name, lambda c=contestant: c.prepare(setting))  # type: ignore[misc]
             if work is not None:
                 works[contestant.name] = work
+    # What is prepared is no garbage, and Python's collector would go through all of it in somebody's turn.
+    gc.collect()
+    gc.freeze()
     for turn in range(-int(warm), repeat):
         for name, work in list(works.items()):
             gc.collect()
@@ -213,6 +216,7 @@ def _turns(
                     spent = Turn(wall_s=after[0] - before[0], cpu_s=after[1] - before[1])
                     next(one for one in entries[name].sizes if one.size == setting.size).turns.append(spent)
         show(f"{case.name}: turns, {setting.size} {case.axis}", max(turn + 1, 0), repeat)
+    gc.unfreeze()
     return results
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("not in a checkout", allow_module_level=True)
 
+from alignment.engine import capabilities
 from benchmarks import memory
 from benchmarks.__main__ import app, run_one
 from benchmarks.cases import CASES, calibration, comparison, mean_ap, nms
@@ -326,6 +329,16 @@ def test_the_command_line(tmp_path: Path):
     Toy().add("ours", "ours", steady(1)).measured().save(tmp_path / "nms.json")
     assert said("table", str(tmp_path), "--out", str(tmp_path / "page.md"))[0] == 0
     assert "## toy" in (tmp_path / "page.md").read_text()
+
+
+def test_several_cases_are_a_process_each(tmp_path: Path):
+    if capabilities.missing() is None:
+        pytest.skip("builds engines where TensorRT is")
+    command = [sys.executable, "-m", "benchmarks", "run", "--case", "engines,plugin", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {CaseResult.load(path).request.case for path in tmp_path.glob("*.json")} == {"engines", "plugin"}
+    assert done.stdout.count("needs TensorRT: ") == 2
 
 
 def test_the_page_of_the_documentation_is_of_the_committed_results():

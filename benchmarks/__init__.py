@@ -1,1 +1,1 @@
-"""Speed, as ratios measured in one process; nothing here is a test."""
+"""Speed beside the peers, as ratios measured in one process: ``python -m benchmarks run``.  Nothing here is a test."""

@@ -37,6 +37,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     ("tox *", ENVIRONMENT),
     ("pip *", ENVIRONMENT),
     ("python -m alignment.models.train_embedded *", MINUTES),
+    ("python -m benchmarks *", f"{MINUTES}; conformance/test_benchmarks.py has contestants that take none"),
     ("python -m benchmarks.*", REAL),
     ("cmake *", "needs CMake and TensorRT's headers; `pytest -m plugin` compiles where they are"),
 )

@@ -19,6 +19,8 @@ the largest size that both were measured at: its median, and in brackets its qua
 ours costs less. Processor seconds are of all threads, and say more than the clock on a machine that others use too.
 *Growth* is b of seconds = a × size^b. Memory is what the work adds to a fresh process that has prepared for it, at the
 smallest and the largest size. A *floor* is what the work cannot cost less than.
+
+Where quartiles are far apart, or a cost falls as the work grows, the machine was too busy to tell.
 """
 
 

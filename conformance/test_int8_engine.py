@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from alignment.data.samples import open_samples
 from alignment.engine.build import BuildOptions, build_engine
 from alignment.engine.capabilities import Capabilities, missing
 from alignment.engine.inspect import parse, reformats
-from alignment.engine.int8 import ranges_in_cache, read_cache, write_cache
+from alignment.engine.int8 import LEGACY_QUANTILE, ranges_in_cache, read_cache, write_cache
 from alignment.engine.log import Log
 from alignment.errors import AlignError
 from alignment.quantize.recipe import apply, graph_file
@@ -51,6 +52,15 @@ def test_the_first_line_names_version_and_algorithm(version, kind, first):
 def test_a_cache_is_read_back_to_the_bit(amax):
     found = read_cache(write_cache(amax, "8.6.1"))
     assert found == {name: float(np.float32(value) / np.float32(127)) for name, value in amax.items()}
+
+
+def test_a_cache_of_the_legacy_calibrator_is_read():
+    """TensorRT 8.6.1 wrote these lines for yolov8_embedded: cutoff 1 and quantile 0.9999 come before the scales."""
+    text = (
+        "0 3ff0000000000000 3fefff2e48e8a71e\nimages: 3c0098a9\n/detector/backbone/stem/conv/Conv_output_0: 3ce266fc\n"
+    )
+    assert struct.unpack(">d", bytes.fromhex(text.split()[2])) == (LEGACY_QUANTILE,)
+    assert read_cache(text)["images"] == pytest.approx(1 / 127, rel=0.01)
 
 
 @pytest.mark.parametrize("text", ["", "images: 3c010a14\n", "TRT-8601-EntropyCalibration2\nimages: 3c01\n"])

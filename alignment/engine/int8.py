@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ ALGORITHMS: dict[CalibratorKind, str] = {
     "minmax": "MinMaxCalibration",
     "legacy": "LegacyCalibration",
 }
+#: First line of a cache: version and algorithm, or, of the legacy calibrator, its regression cutoff and its quantile.
+_FIRST = re.compile(r"TRT-\d+-\w+|\d [0-9a-f]{16} [0-9a-f]{16}")
 
 
 @dataclass
@@ -58,7 +61,7 @@ def write_cache(amax: Mapping[str, float], version: str, kind: CalibratorKind = 
 def read_cache(text: str) -> dict[str, float]:
     """The scale of each tensor in a TensorRT calibration cache.  Raises AlignError for what is none."""
     first, *lines = text.splitlines() or [""]
-    if not first.startswith("TRT-"):
+    if not _FIRST.fullmatch(first):
         raise AlignError(f"not a TensorRT calibration cache: it begins with {first[:40]!r}", "give the file it wrote")
     found = {}
     for line in filter(None, lines):

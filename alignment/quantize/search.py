@@ -154,9 +154,9 @@ class Search:
         """
         self.most = 1 + len(self.ranking) * (self.tries + 1)
         kept = NONE
-        # What is float costs time: where the whole in int8 is too slow, no set is fast enough.
-        hopeful = self._timed(kept, latency) <= limit or math.isinf(self._timed(kept, latency))
-        while hopeful:
+        # Where the whole in int8 is too slow a set may be fast: float may save copies between layouts.
+        self._timed(kept, latency)
+        while True:
             better = [kept | {node} for node in self._untaken(kept)]
             better = [s for s in better if worth(self.score(s)) > worth(self.score(kept))]
             better.sort(key=lambda s: worth(self.score(s)), reverse=True)

@@ -47,6 +47,7 @@ from alignment.commands.report import report
 from alignment.commands.sensitivity import sensitivity
 from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
+from alignment.runners.base import limit_openmp
 from alignment.scratch import scratch_folder
 from alignment.storage import cache_dir
 from alignment.variant import Variant, golden_dir, load_variant, zoo
@@ -337,6 +338,7 @@ def _plain(case: CaseResult) -> str:
 
 def main() -> None:
     """Entry point."""
+    limit_openmp()
     app()
 
 

@@ -26,6 +26,7 @@ from alignment.case import BACKENDS, PRECISIONS, ROUTES, Case, cases_of
 from alignment.errors import AlignError
 from alignment.gpu_workers import gpus, take_gpu
 from alignment.results import Alignment, CaseResult
+from alignment.runners.base import limit_openmp
 from alignment.storage import require_folder
 from alignment.variant import Variant, golden_dir, load_variant, zoo
 
@@ -80,6 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_PARTS] = []
     # One thread a process: the same numbers for any -n, and no workers in each other's way.
     os.environ.setdefault("ALIGN_THREADS", "1")
+    limit_openmp()
     # pytest has a --strict of its own; here it also means that a case that cannot be run fails.  xdist hands the
     # controller's options to its workers.
     written = (

@@ -172,3 +172,11 @@ def test_help_and_lists_import_no_framework(arguments):
     done = python("-c", program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].strip() == "imported:"
+
+
+def test_torch_keeps_to_the_threads_that_it_is_given(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("ALIGN_THREADS", "1")
+    done = python("-c", "from alignment import cli; cli.limit_openmp(); import torch; print(torch.get_num_threads())")
+    assert done.stdout.strip() == "1", done.stderr

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import platformdirs
 from filelock import FileLock
-from pydantic import BaseModel, ValidationError
 
 from alignment.errors import AlignError
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 def cache_dir() -> Path:
@@ -42,31 +37,6 @@ def require_folder(path: Path, option: str) -> None:
             pass
     except OSError as error:
         raise AlignError(f"{option} {path}: {error.strerror}", "name a folder that can be written") from None
-
-
-def read_model(model: type[Model], path: Path, what: str, absent: str, damaged: str) -> Model:
-    """Reads a typed result that a command wrote as JSON.
-
-    Args:
-        model: its type.
-        path: its file.
-        what: what the file is said not to be.
-        absent: the mend for a file that cannot be read.
-        damaged: the mend for one that holds something else.
-
-    Raises:
-        AlignError: for either.
-    """
-    try:
-        return model.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise AlignError(f"{path}: {error.strerror}", absent) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except ValueError as error:  # of JSON and of UTF-8
-        reason = str(error)
-    raise AlignError(f"{path}: {what}: {reason}", damaged)
 
 
 @contextmanager

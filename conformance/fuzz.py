@@ -133,8 +133,13 @@ def main() -> None:
                 print(f"{done} inputs, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     print(f"{'surface':32}{'inputs':>8}{'accepted':>10}{'refused':>9}{'faults':>8}")
     for name, count in counts.items():
-        print(f"{name:32}" + "".join(f"{count[key]:>{width}}" for key, width in
-              (("inputs", 8), ("accepted", 10), ("refused", 9), ("faults", 8))))
+        print(
+            f"{name:32}"
+            + "".join(
+                f"{count[key]:>{width}}"
+                for key, width in (("inputs", 8), ("accepted", 10), ("refused", 9), ("faults", 8))
+            )
+        )
     print(f"{sum(c['inputs'] for c in counts.values())} inputs, slowest {slowest:.1f} s")
     for fault, cases in sorted(faults.items(), key=lambda one: -len(one[1])):
         print(f"{len(cases):5} {fault}: " + ", ".join(f"{v.surface} {v.seed}" for v in cases[:4]))

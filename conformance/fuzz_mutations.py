@@ -33,12 +33,31 @@ _YAML = (
     "!!python/object/apply:os.system ['touch executed']\n",
     "!!python/name:os.system\n",
     *("&a [*a]\n", "*nowhere\n", "%YAML 9.9\n---\n", "--- 1\n--- 2\n", "\t- x\n", "? [a, b]\n: c\n", "<<: [1]\n"),
-    *("2024-13-45\n", "!!int x\n", "!!float x\n", "!!timestamp x\n", "!!binary '*'\n", "0x\n", "1:99:9\n", "!!set {a}\n"),
+    *(
+        "2024-13-45\n",
+        "!!int x\n",
+        "!!float x\n",
+        "!!timestamp x\n",
+        "!!binary '*'\n",
+        "0x\n",
+        "1:99:9\n",
+        "!!set {a}\n",
+    ),
     *("[" * 3000, "{a: " * 3000, "- " * 3000, "&a " * 5, "'" * 3, '"\\x', "!<", "|9\n", "=\n", "!!bool maybe\n"),
     "a: &a [x,x,x,x,x,x,x,x,x]\n"
     + "".join(f"{chr(c)}: &{chr(c)} [{', '.join([f'*{chr(c - 1)}'] * 9)}]\n" for c in range(ord("b"), ord("k"))),
 )
-_JSON = ("[" * 100_000, '{"a":' * 100_000, "[" * 600 + "]" * 600, "NaN", "1e999", "9" * 5000, '"\\ud800"', "// x", "{}{}")
+_JSON = (
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    "[" * 600 + "]" * 600,
+    "NaN",
+    "1e999",
+    "9" * 5000,
+    '"\\ud800"',
+    "// x",
+    "{}{}",
+)
 
 
 def spoilt_bytes(rng: Random, data: bytes) -> bytes:
@@ -63,7 +82,9 @@ def spoilt_bytes(rng: Random, data: bytes) -> bytes:
         case 8:
             some[at:at] = rng.choice((b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\0", b"\r", MARKUP.encode()))
         case _:
-            head = rng.choice((b"", b"\0", b"PK\x03\x04", b"\x80\x04", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"<html>"))
+            head = rng.choice(
+                (b"", b"\0", b"PK\x03\x04", b"\x80\x04", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"<html>")
+            )
             return head + rng.randbytes(rng.choice((0, 1, 100, 5000)))
     return bytes(some)
 
@@ -99,9 +120,13 @@ def _other(rng: Random, value: Any) -> Any:
         case int() | float():
             return rng.choice((-value, value * 1000, str(value), [value], value + 0.5, value * 1e-9, int(value) + 1))
         case str():
-            return rng.choice((value * 2, value.upper(), value[:-1], value + "\n", [value], {value: value}, value + "/.."))
+            return rng.choice(
+                (value * 2, value.upper(), value[:-1], value + "\n", [value], {value: value}, value + "/..")
+            )
         case list():
-            return rng.choice((value[::-1], value * 2, value[:-1], dict(enumerate(map(str, value))), value[:1], [value]))
+            return rng.choice(
+                (value[::-1], value * 2, value[:-1], dict(enumerate(map(str, value))), value[:1], [value])
+            )
         case dict():
             return rng.choice((list(value), list(value.values()), {**value, MARKUP: 1}, [value], list(value.items())))
     return [value]
@@ -169,7 +194,9 @@ def spoilt_arrays(rng: Random, data: bytes) -> bytes:
         case 1:
             arrays[name] = _object_array()
         case 2:
-            arrays[name] = rng.choice((arrays[name].reshape(-1)[:-1], arrays[name].reshape(-1, 1), arrays[name][..., None]))
+            arrays[name] = rng.choice(
+                (arrays[name].reshape(-1)[:-1], arrays[name].reshape(-1, 1), arrays[name][..., None])
+            )
         case 3:
             kind = rng.choice(("f2", "f8", "i8", "u1", "c8", "?", "U3", "M8[s]", "S2"))
             with np.errstate(all="ignore"):
@@ -178,8 +205,10 @@ def spoilt_arrays(rng: Random, data: bytes) -> bytes:
             whole = np.array(arrays[name], copy=True).reshape(-1)
             if whole.size and whole.dtype.kind in "fiu":
                 kind = np.float64 if whole.dtype.kind == "f" else whole.dtype
-                worst = (np.nan, np.inf, -np.inf, 1e38) if whole.dtype.kind == "f" else tuple(
-                    (np.iinfo(kind).max, np.iinfo(kind).min, 0)
+                worst = (
+                    (np.nan, np.inf, -np.inf, 1e38)
+                    if whole.dtype.kind == "f"
+                    else tuple((np.iinfo(kind).max, np.iinfo(kind).min, 0))
                 )
                 for _ in range(rng.choice((1, 5, whole.size))):
                     whole[rng.randrange(whole.size)] = rng.choice(worst)
@@ -309,7 +338,16 @@ def _values(rng: Random, model: onnx.ModelProto) -> None:
 
 def _external(rng: Random, model: onnx.ModelProto) -> None:
     weight = _weight(rng, model)
-    where = ("../outside.bin", "/etc/passwd", "/dev/zero", "nowhere.bin", "model.onnx", "", ".", "../../../../etc/passwd")
+    where = (
+        "../outside.bin",
+        "/etc/passwd",
+        "/dev/zero",
+        "nowhere.bin",
+        "model.onnx",
+        "",
+        ".",
+        "../../../../etc/passwd",
+    )
     weight.data_location = TensorProto.EXTERNAL
     del weight.external_data[:]
     weight.external_data.add(key="location", value=rng.choice((*where, "link.bin", "sub/../../outside.bin")))
@@ -322,8 +360,28 @@ def _external(rng: Random, model: onnx.ModelProto) -> None:
 
 def _operator(rng: Random, model: onnx.ModelProto) -> None:
     node = _node(rng, model)
-    ops = ("Relu", "Frobnicate", "", "Loop", "If", "Reshape", "Concat", "Split", "Gather", "Resize", "TopK", "Einsum",
-           "NonMaxSuppression", "EfficientNMS_TRT", "QuantizeLinear", "MatMul", "Transpose", "Squeeze", "LSTM", "Cast")
+    ops = (
+        "Relu",
+        "Frobnicate",
+        "",
+        "Loop",
+        "If",
+        "Reshape",
+        "Concat",
+        "Split",
+        "Gather",
+        "Resize",
+        "TopK",
+        "Einsum",
+        "NonMaxSuppression",
+        "EfficientNMS_TRT",
+        "QuantizeLinear",
+        "MatMul",
+        "Transpose",
+        "Squeeze",
+        "LSTM",
+        "Cast",
+    )
     if rng.random() < 0.7:
         node.op_type = rng.choice(ops)
     else:
@@ -399,8 +457,28 @@ def _ends(rng: Random, model: onnx.ModelProto) -> None:
 
 
 def _papers(rng: Random, model: onnx.ModelProto) -> None:
-    texts = ("(" * 5000, "-" * 5000 + "1", "9" * 5000, "[" * 100, "{0: 'a', 'b': 1}", "{}", "[]", "None", "'x'", MARKUP,
-             "{'a': " * 90, "[1e999, 3]", "[-1, 3]", "{0: []}", "[64, 64, 64]", "10**10", "\0", "detect", "obb", "{1, 2}")
+    texts = (
+        "(" * 5000,
+        "-" * 5000 + "1",
+        "9" * 5000,
+        "[" * 100,
+        "{0: 'a', 'b': 1}",
+        "{}",
+        "[]",
+        "None",
+        "'x'",
+        MARKUP,
+        "{'a': " * 90,
+        "[1e999, 3]",
+        "[-1, 3]",
+        "{0: []}",
+        "[64, 64, 64]",
+        "10**10",
+        "\0",
+        "detect",
+        "obb",
+        "{1, 2}",
+    )
     names = ("names", "imgsz", "task", "stride", "alignment.preprocess", "kpt_shape", "author", "", MARKUP)
     for _ in range(rng.choice((1, 3))):
         model.metadata_props.add(key=rng.choice(names), value=rng.choice(texts))
@@ -436,8 +514,11 @@ def _nested(rng: Random, model: onnx.ModelProto) -> None:
     """Subgraphs in subgraphs."""
     inner = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "inner", [], [])
     for _ in range(rng.choice((1, 20, 29))):
-        node = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner) if rng.random() < 0.05 else (
-            helper.make_node("If", ["x"], ["y"], then_branch=inner))
+        node = (
+            helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
+            if rng.random() < 0.05
+            else (helper.make_node("If", ["x"], ["y"], then_branch=inner))
+        )
         inner = helper.make_graph([node], "outer", [], [])
     model.graph.node.extend(inner.node)
 

@@ -1,4 +1,4 @@
-"""What `align` reads from outside, as surfaces to be fuzzed: a sound input of each, how it is spoilt, and who reads it."""
+"""What `align` reads from outside: a sound input of each kind, how it is spoilt, and which command reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import onnx
 import yaml
-from command_line import CHECKPOINT, align, dataset, truth_path, variant_file, write_truth
+from command_line import CHECKPOINT, align, dataset, truth_path, variant_file
 from fuzz_mutations import (
     HOSTILE,
     MARKUP,
@@ -347,7 +347,9 @@ def qdq_graph(rng: Random, sound: Sound, folder: Path) -> Input:
     (folder / "qdq.onnx").write_bytes(spoilt_onnx(rng, whole))
     data = ["--data", str(sound.data)]
     words = ["culprit", "tiny.yaml", "--backend", "simulated", "--images", "1", "--limit", "6", "--out", "out", *data]
-    words += rng.choice((["--qdq", "qdq.onnx"], ["--reference", "qdq.onnx"], ["--qdq", "qdq.onnx", "--fault", "scale:first"]))
+    words += rng.choice(
+        (["--qdq", "qdq.onnx"], ["--reference", "qdq.onnx"], ["--qdq", "qdq.onnx", "--fault", "scale:first"])
+    )
     if rng.random() < 0.3:
         engine = next(iter(sorted((golden_dir() / "engines").iterdir())))
         words = ["inspect", str(engine), "--onnx", "qdq.onnx", "--out", "out"]
@@ -366,7 +368,9 @@ def checkpoint(rng: Random, sound: Sound, folder: Path) -> Input:
             torch.save({"state_dict": state}, stream, _use_new_zipfile_serialization=not old)
             path.write_bytes(spoilt_bytes(rng, stream.getvalue()))
         case 4:
-            path.write_bytes(pickle.dumps(rng.choice((Executed(), {"state_dict": Executed()}, [1], state.keys().__len__()))))
+            path.write_bytes(
+                pickle.dumps(rng.choice((Executed(), {"state_dict": Executed()}, [1], state.keys().__len__())))
+            )
         case 5:
             torch.save({"state_dict": {**state, "more": Executed()}, "meta": Executed()}, path)
         case 6:
@@ -391,7 +395,7 @@ def checkpoint(rng: Random, sound: Sound, folder: Path) -> Input:
                     case 7:
                         state[key] = torch.zeros(1).expand(state[key].shape)
                     case _:
-                        state[key] = torch.zeros(1).expand(10**rng.choice((6, 12)))
+                        state[key] = torch.zeros(1).expand(10 ** rng.choice((6, 12)))
             key = rng.choice(("state_dict", "ema_state_dict", "model", ""))
             torch.save({key: state} if key else state, path, _use_new_zipfile_serialization=not old)
     fields = {**sound.torch_variant, "source": {**sound.torch_variant["source"], "checkpoint": "weights.pth"}}
@@ -445,10 +449,14 @@ def _pictures(rng: Random, folder: Path) -> list[str]:
                     whole = b""
                 path.write_bytes(spoilt_bytes(rng, whole) if rng.random() < 0.6 else whole)
             case 5:
-                deep = rng.choice((pixels.astype(np.uint16) * 257, pixels[..., 0], cv2.cvtColor(pixels, cv2.COLOR_BGR2BGRA)))
+                deep = rng.choice(
+                    (pixels.astype(np.uint16) * 257, pixels[..., 0], cv2.cvtColor(pixels, cv2.COLOR_BGR2BGRA))
+                )
                 path.write_bytes(cv2.imencode(".png", deep)[1].tobytes())
             case 6:
-                path.write_bytes(png(*rng.choice(((0, 5), (5, 0), (2**31 - 1, 1), (30_000, 30_000), (1, 10**6), (65_535, 65_535)))))
+                path.write_bytes(
+                    png(*rng.choice(((0, 5), (5, 0), (2**31 - 1, 1), (30_000, 30_000), (1, 10**6), (65_535, 65_535))))
+                )
             case 7:
                 height, width = rng.choice(((1, 1), (1, 5000), (5000, 1), (3, 7), (2000, 2000)))
                 path.write_bytes(cv2.imencode(".png", np.full((height, width, 3), 7, np.uint8))[1].tobytes())
@@ -500,7 +508,9 @@ def images(rng: Random, sound: Sound, folder: Path) -> Input:
     spoilt = [f"data/{split}/{name}" for name in _pictures(rng, data / split)]
     if split == "train2017":
         return Input(["quantize", "tiny.yaml", "--data", "data", "--out", "out"], spoilt)
-    words = rng.choice((["run", "tiny.yaml", "--backend", "onnxruntime"], ["layers", "tiny.yaml"], ["explain", "decoded.yaml"]))
+    words = rng.choice(
+        (["run", "tiny.yaml", "--backend", "onnxruntime"], ["layers", "tiny.yaml"], ["explain", "decoded.yaml"])
+    )
     return Input([*words, "--data", "data", *(["--out", "out"] if words[0] != "layers" else [])], spoilt)
 
 
@@ -547,7 +557,9 @@ def dota(rng: Random, sound: Sound, folder: Path) -> Input:
     else:
         for entry in truth["categories"][CLASSES - 1 :]:
             truth["categories"].remove(entry)
-        truth["annotations"] = [a for a in truth["annotations"] if a["category_id"] in {c["id"] for c in truth["categories"]}]
+        truth["annotations"] = [
+            a for a in truth["annotations"] if a["category_id"] in {c["id"] for c in truth["categories"]}
+        ]
         (root / "dota8.json").write_bytes(spoilt_json(rng, truth))
     (folder / "tiny.yaml").write_text(yaml.safe_dump(fields))
     words = ["run", "tiny.yaml", "--backend", "onnxruntime", "--data", "tiles", "--out", "out"]
@@ -593,8 +605,25 @@ def trt_cache(rng: Random, sound: Sound, folder: Path) -> Input:
     return Input(words, ["table.cache"])
 
 
-_DIGITS = ("3c010a14", "3f800000", "00000000", "7fc00000", "7f800000", "ff800000", "80000000", "bf800000", "00000001",
-           "7f7fffff", "", "zz", "3c01", "3c010a1400", "\0", "3c 01 0a 14", "３c010a14")
+_DIGITS = (
+    "3c010a14",
+    "3f800000",
+    "00000000",
+    "7fc00000",
+    "7f800000",
+    "ff800000",
+    "80000000",
+    "bf800000",
+    "00000001",
+    "7f7fffff",
+    "",
+    "zz",
+    "3c01",
+    "3c010a1400",
+    "\0",
+    "3c 01 0a 14",
+    "３c010a14",
+)
 
 
 @surface("cached calibration")
@@ -603,7 +632,9 @@ def cached(rng: Random, sound: Sound, folder: Path) -> Input:
     cache = Path(os.environ["ALIGN_CACHE"])
     sound.quantized  # noqa: B018 - fills the cache
     kinds = [path for name in ("calibration", "sensitivity", "scores") for path in (cache / name).rglob("tiny*")]
-    kinds = [path for path in kinds if path.is_file()] + [p for path in kinds if path.is_dir() for p in path.rglob("*.*")]
+    kinds = [path for path in kinds if path.is_file()] + [
+        p for path in kinds if path.is_dir() for p in path.rglob("*.*")
+    ]
     path = rng.choice(sorted(kinds))
     spoil = spoilt_arrays if path.suffix == ".npz" else spoilt_bytes
     kept = path.read_bytes()
@@ -680,11 +711,48 @@ def options(rng: Random, sound: Sound, folder: Path) -> Input:
     place(sound, folder)
     words = [*_commands(rng, sound, "decoded.yaml")]
     values = [str(value)[:200].replace("\0", "") for value in HOSTILE if isinstance(value, str | int | float)]
-    values += ["tiny.yaml", ".", "model.onnx", "/dev/null", "/dev/full", "1", "2", "13", "fp32", "torch", "qdq", "-", "--"]
+    values += [
+        "tiny.yaml",
+        ".",
+        "model.onnx",
+        "/dev/null",
+        "/dev/full",
+        "1",
+        "2",
+        "13",
+        "fp32",
+        "torch",
+        "qdq",
+        "-",
+        "--",
+    ]
     values = [value.encode("utf-8", "replace").decode() for value in values]
-    names = ("--backend", "--precision", "--route", "--images", "--size", "--batch", "--out", "--golden", "--records",
-             "--opset", "--topk", "--nms", "--outputs", "--score-threshold", "--method", "--policy", "--keep-float",
-             "--rounding", "--ranges", "--show", "--data", "--strict", "--update-golden", "--deployed-iou-threshold")
+    names = (
+        "--backend",
+        "--precision",
+        "--route",
+        "--images",
+        "--size",
+        "--batch",
+        "--out",
+        "--golden",
+        "--records",
+        "--opset",
+        "--topk",
+        "--nms",
+        "--outputs",
+        "--score-threshold",
+        "--method",
+        "--policy",
+        "--keep-float",
+        "--rounding",
+        "--ranges",
+        "--show",
+        "--data",
+        "--strict",
+        "--update-golden",
+        "--deployed-iou-threshold",
+    )
     for _ in range(rng.choice((1, 2, 3))):
         at = rng.randrange(1, len(words) + 1)
         match rng.randrange(3):

@@ -81,7 +81,7 @@ def _run(given: Input, folder: Path) -> tuple[int, str, str, str]:
     here, kept = Path.cwd(), dict(os.environ)
     if (folder / "cache").is_dir():
         os.environ["ALIGN_CACHE"] = str(folder / "cache")
-    streams = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+    streams = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 - closed with the list
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]

@@ -63,19 +63,25 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except AlignError as error:
-            err.print(f"align: {error}", markup=False)
+            err.print(one_line(f"align: {error}"), markup=False)
             raise typer.Exit(2) from None
         except BrokenPipeError:  # whoever reads the output has had enough of it
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            err.print(f"align: {where}{error.strerror or error}", markup=False)
+            err.print(one_line(f"align: {where}{error.strerror or error}"), markup=False)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err.print("align: interrupted; nothing half-written was left", markup=False)
             raise typer.Exit(130) from None
 
     return run
+
+
+def one_line(text: str) -> str:
+    """What is said of bad input, which may hold anything: on one line, printable, and with its end where it is long."""
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(text.split()))
+    return plain if len(plain) <= 1200 else f"{plain[:700]} ... {plain[-400:]}"
 
 
 def recipe_changes(plain: bool, policy: str | None) -> dict[str, Any]:

@@ -133,15 +133,15 @@ def _layer(listed: dict[str, Any] | str) -> EngineLayer:
         return EngineLayer(listed, "")
     fields: dict[str, Any] = {"Name": "", "LayerType": "", "Metadata": "", "Inputs": [], "Outputs": [], **listed}
     return EngineLayer(
-        name=fields["Name"],
-        kind=fields["LayerType"],
+        name=str(fields["Name"]),
+        kind=str(fields["LayerType"]),
         inputs=tuple(map(_tensor, fields["Inputs"])),
         outputs=tuple(map(_tensor, fields["Outputs"])),
         weights=_weights(fields.get("Weights")),
         bias=_weights(fields.get("Bias")),
         kernel=str(fields.get("TacticName") or fields.get("TacticValue") or ""),
         origin=str(fields.get("Origin", "")),
-        metadata=fields["Metadata"],
+        metadata=str(fields["Metadata"]),
     )
 
 

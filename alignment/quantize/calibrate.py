@@ -23,6 +23,7 @@ from alignment.layers import mark_outputs
 from alignment.quantize.observers import amax_of
 from alignment.quantize.sharing import shared
 from alignment.quantize.statistics import Statistics
+from alignment.reading import cut, read_arrays
 from alignment.runners.onnxruntime import open_session
 from alignment.storage import locked, writing
 
@@ -72,9 +73,9 @@ class Calibration:
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """Reads what `save` wrote.  Raises AlignError for a file that is missing, truncated or something else."""
+        again = "delete it, and calibrate anew"
         try:
-            with np.load(path) as file:
-                arrays = dict(file)
+            arrays = read_arrays(path, again, again, "not a calibration")
             about = json.loads(arrays.pop("about").tobytes())
             parts: dict[str, list[np.ndarray]] = {
                 key: np.split(array, np.cumsum(arrays[f"{key}/lengths"])[:-1])
@@ -86,11 +87,10 @@ class Calibration:
                 for index, name in enumerate(about["tensors"])
             }
             return cls(about["identity"], int(about["images"]), tensors)
-        except OSError as error:
-            raise AlignError(f"{path}: {error.strerror or error}", "delete it, and calibrate anew") from None
-        except Exception as error:  # zip, zlib, NumPy and JSON each have their own
-            reason = " ".join(str(error).split())[:120]
-            raise AlignError(f"{path}: not a calibration: {reason}", "delete it, and calibrate anew") from None
+        except AlignError:
+            raise
+        except Exception as error:  # NumPy and JSON each have their own
+            raise AlignError(f"{path}: not a calibration: {cut(error)}", again) from None
 
     def require(self, identity: dict[str, Any], path: Path) -> None:
         """Raises AlignError naming what is no longer as it was when `path` was written."""

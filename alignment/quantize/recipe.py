@@ -25,6 +25,7 @@ from alignment.quantize.observers import fake_quantize, scale_of, weight_amax
 from alignment.quantize.placement import Placement, place
 from alignment.quantize.qdq import group_amax, write_qdq
 from alignment.quantize.trained import Trained
+from alignment.reading import read_arrays
 from alignment.storage import cache_dir, locked, writing
 from alignment.variant import Quantization, Variant
 
@@ -168,12 +169,14 @@ def quantize(
     recipe = variant.quantization
     source = _with_scales_of_channels(refuse_plugin(exported(variant).onnx, "no int8 here"), variant.name)
     trained = None if recipe.trained is None else Trained.load(recipe.trained, variant)
-    if trained is not None:
+    if recipe.trained is not None and trained is not None:
         if ranges is not None:
             raise AlignError(
                 f"{recipe.trained}: scales that were trained, and ranges of another tool", "give one of them"
             )
-        model = with_weights(onnx.load(source), trained.weights, trained.biases)
+        model = onnx.load(source)
+        trained.require_fitting(model, recipe.trained)
+        model = with_weights(model, trained.weights, trained.biases)
         source = graph_file(model, f"{variant.name}.trained")
     elif recipe.equalization:
         source = graph_file(equalize(onnx.load(source))[0], f"{variant.name}.equalized")
@@ -270,8 +273,8 @@ def _improved(
             arrays |= {f"biases/{name}": value for name, value in better.biases.items()}
             with writing(path) as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, units=np.array(json.dumps(units)), **arrays)  # type: ignore[arg-type]
-        with np.load(path) as stored:
-            kept = dict(stored)
+        again = "delete it: it is made anew"
+        kept = read_arrays(path, again, again, "no weights that were searched for")
     parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "biases": {}}
     for name, array in kept.items():
         kind, _, key = name.partition("/")

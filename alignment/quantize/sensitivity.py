@@ -21,7 +21,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from alignment.errors import AlignError
-from alignment.storage import read_model, writing
+from alignment.reading import read_model
+from alignment.storage import writing
 
 Mode = Literal["quantize-one", "leave-one-out"]
 Part = Literal["both", "weights", "activations"]

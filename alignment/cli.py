@@ -6,6 +6,7 @@ Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
@@ -18,6 +19,7 @@ from rich.table import Column, Table
 
 from alignment.case import ROUTES
 from alignment.commands.console import (
+    Commands,
     Data,
     Golden,
     Images,
@@ -47,7 +49,7 @@ from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
 from alignment.variant import Variant, golden_dir, load_variant, zoo
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -321,7 +323,10 @@ def _plain(case: CaseResult) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point.  What the output's encoding has no letter for is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -198,18 +198,22 @@ def read_arrays(path: Path, absent: str, damaged: str, what: str) -> dict[str, n
     Args and errors as of `read_model`.
     """
     try:
-        with zipfile.ZipFile(path) as file:
-            if sum(part.file_size for part in file.infolist()) > MOST_ARRAYS:
-                raise ValueError(f"more than {MOST_ARRAYS >> 20} MB, unpacked")
-            for part in file.infolist():
-                with file.open(part) as stream:
-                    _require_numbers(stream, part)
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
+        stream = path.open("rb")
     except OSError as error:
-        raise AlignError(f"{path}: {error.strerror or cut(error)}", absent) from None
-    except Exception as error:  # zip, zlib and NumPy each have their own
-        raise AlignError(f"{path}: {what}: {cut(error) or type(error).__name__}", damaged) from None
+        raise AlignError(f"{path}: {error.strerror}", absent) from None
+    with stream:
+        try:
+            with zipfile.ZipFile(stream) as file:
+                if sum(part.file_size for part in file.infolist()) > MOST_ARRAYS:
+                    raise ValueError(f"more than {MOST_ARRAYS >> 20} MB, unpacked")
+                for part in file.infolist():
+                    with file.open(part) as packed:
+                        _require_numbers(packed, part)
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as stored:
+                return dict(stored)
+        except Exception as error:  # zip, zlib and NumPy each have their own
+            raise AlignError(f"{path}: {what}: {cut(error) or type(error).__name__}", damaged) from None
 
 
 def _require_numbers(stream: IO[bytes], part: zipfile.ZipInfo) -> None:

@@ -262,14 +262,14 @@ def variant_onnx(rng: Random, sound: Sound, folder: Path) -> Input:
     source = {"kind": "onnx", "file": "decoded.onnx" if head is DECODED else "model.onnx", "head": head}
     place(sound, folder)
     (folder / f"{kind}.yaml").write_bytes(spoilt_yaml(rng, {**sound.variant, "name": kind, "source": source}))
-    return Input(_commands(rng, sound, f"{kind}.yaml"), [f"{kind}.yaml"], ("model", "decoded", "tiny", "data"))
+    return Input(_commands(rng, sound, f"{kind}.yaml"), [f"{kind}.yaml"], ("model", "decoded", "tiny", "data", ".onnx"))
 
 
 @surface("variant YAML, of mmyolo")
 def variant_torch(rng: Random, sound: Sound, folder: Path) -> Input:
     (folder / "planted.yaml").write_bytes(spoilt_yaml(rng, sound.torch_variant))
     words = ["run", "planted.yaml", "--data", str(sound.data), "--backend", "torch", "--images", "1", "--out", "out"]
-    return Input(words, ["planted.yaml"], (CHECKPOINT.stem, "data"))
+    return Input(words, ["planted.yaml"], (CHECKPOINT.stem, "data", ".pth", ".py"))
 
 
 @surface("golden YAML")
@@ -353,7 +353,7 @@ def qdq_graph(rng: Random, sound: Sound, folder: Path) -> Input:
     if rng.random() < 0.3:
         engine = next(iter(sorted((golden_dir() / "engines").iterdir())))
         words = ["inspect", str(engine), "--onnx", "qdq.onnx", "--out", "out"]
-    return Input(words, ["qdq.onnx"])
+    return Input(words, ["qdq.onnx"], ("at y", "tensor ", "node "))
 
 
 @surface("checkpoint")
@@ -385,7 +385,7 @@ def checkpoint(rng: Random, sound: Sound, folder: Path) -> Input:
                     case 2:
                         state[key] = state[key].reshape(-1)[:-1].clone()
                     case 3:
-                        state[key] = torch.full_like(state[key], rng.choice((float("nan"), float("inf"), 3e38)))
+                        state[key] = torch.full_like(state[key], rng.choice((float("nan"), float("inf"), 6e4)))
                     case 4:
                         state[key] = state[key].to(rng.choice((torch.float64, torch.int8, torch.bool, torch.complex64)))
                     case 5:
@@ -444,8 +444,8 @@ def _pictures(rng: Random, folder: Path) -> list[str]:
                 kind = rng.choice((".png", ".tiff", ".jp2", ".webp", ".bmp", ".pgm", ".hdr", ".pfm", ".gif"))
                 picture = pixels.astype(np.float32) if kind in (".hdr", ".pfm") else pixels
                 try:
-                    whole = cv2.imencode(kind, picture)[1].tobytes()
-                except cv2.error:
+                    whole = bytes(cv2.imencode(kind, picture)[1])
+                except (cv2.error, TypeError):  # a format that this OpenCV does not write
                     whole = b""
                 path.write_bytes(spoilt_bytes(rng, whole) if rng.random() < 0.6 else whole)
             case 5:

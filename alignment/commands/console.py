@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -22,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from typer.core import TyperGroup
 
 from alignment.errors import AlignError
 from alignment.results import Alignment
@@ -55,13 +57,41 @@ Plain = Annotated[
 Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
 
 
+class Commands(TyperGroup):
+    """The commands of `align`, whose wrong usage is one line too."""
+
+    def main(self, args: Any = None, prog_name: Any = None, **extra: Any) -> Any:  # type: ignore[override]
+        """Runs one, and ends the process by its status."""
+        if not extra.pop("standalone_mode", True):
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            status = super().main(args, prog_name, standalone_mode=False, **extra)
+        except typer.Abort:
+            raise SystemExit(1) from None
+        except Exception as error:
+            # Typer has click's exceptions, or its own of the same names.
+            if not hasattr(error, "format_message"):
+                raise
+            said, place = error.format_message(), getattr(error, "ctx", None)
+            if "\n" in said:  # the help of a command that was given nothing
+                out.print(said, markup=False)
+            elif said:
+                path = place.command_path if place else "align"
+                err.print(one_line(f"align: {said.rstrip('.')}: see `{path} --help`"), markup=False)
+            raise SystemExit(error.exit_code) from None  # type: ignore[attr-defined]
+        raise SystemExit(status if isinstance(status, int) else 0)
+
+
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turns an AlignError, and what the file system refuses, into one line on stderr and exit status 2."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with warnings.catch_warnings():
+                # NumPy's, of numbers that are not finite: what is made of them says so.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                return command(*args, **kwargs)
         except AlignError as error:
             err.print(one_line(f"align: {error}"), markup=False)
             raise typer.Exit(2) from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
+from onnx import numpy_helper
 
 from alignment import __version__
 from alignment.errors import AlignError
@@ -20,6 +21,7 @@ from alignment.variant import OnnxSource, Variant
 
 INPUT = "images"
 OPSETS = range(13, 18)
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 #: Of bare ONNX files.
 OLDEST_OPSET = 11
 
@@ -155,6 +157,7 @@ def check_onnx(path: Path, plugin: bool = False) -> onnx.ModelProto:
         # Before the checker, which of an old opset says only that some node has too many inputs.
         opset = _opset(model, path)
         onnx.checker.check_model(model)
+        _require_values(model.graph)
     except AlignError:
         raise
     except Exception as error:  # protobuf and checker have error types of their own
@@ -162,6 +165,21 @@ def check_onnx(path: Path, plugin: bool = False) -> onnx.ModelProto:
         which = f" of opset {opset}" if opset else ""
         raise AlignError(f"{path}: not a valid ONNX model{which}: {reason}", mend) from None
     return model
+
+
+def _require_values(graph: onnx.GraphProto) -> None:
+    """Raises ValueError for a tensor that does not hold what its type and shape say; the checker looks at few."""
+    for tensor in graph.initializer:
+        try:
+            numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise ValueError(f"tensor {tensor.name}: {error}") from None
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                numpy_helper.to_array(attribute.t)
+            for inner in (attribute.g, *attribute.graphs) if attribute.type in _GRAPHS else ():
+                _require_values(inner)
 
 
 def _opset(model: onnx.ModelProto, path: Path) -> int:

@@ -19,6 +19,7 @@ from alignment.storage import writing
 from alignment.variant import Variant
 
 _MEND = "train it again with `align qat`"
+_LIMITS = np.finfo(np.float32)
 _PARTS = ("weights", "biases", "scales", "weight_scales")
 
 
@@ -61,7 +62,7 @@ class Trained:
                 part, _, name = key.partition("/")
                 if array.dtype != np.float32 or not np.isfinite(array).all():
                     raise ValueError(f"{key} is not of finite float32")
-                if "scales" in part and not (array >= np.finfo(np.float32).tiny).all():
+                if "scales" in part and not ((array >= _LIMITS.tiny) & (array <= _LIMITS.max / 256)).all():
                     raise ValueError(f"{key} holds a scale that int8 cannot have")
                 parts[part][name] = np.float32(array.item()) if part == "scales" else array
         except (KeyError, ValueError) as error:

@@ -33,8 +33,10 @@ FIRST = 300
 class Worker:
     """A process of `fuzz_worker`, begun anew when it hangs or dies."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._process, self._starts = folder, None, 0
+    def __init__(self, folder: Path, program: Path = HERE / "fuzz_worker.py", patience: float = PATIENCE) -> None:
+        self._folder, self._program, self._patience = folder, program, patience
+        self._process: subprocess.Popen | None = None
+        self._starts = 0
 
     def judge(self, surface: str, seed: int) -> Verdict:
         """What becomes of an input."""
@@ -46,11 +48,11 @@ class Worker:
         process.stdin.flush()
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
-            late = not selector.select(FIRST if first else PATIENCE + 5)
+            late = not selector.select(FIRST if first else self._patience + 5)
         line = "" if late else process.stdout.readline()
         if line:
             verdict = Verdict(**json.loads(line))
-            if verdict.seconds > PATIENCE and not first:
+            if verdict.seconds > self._patience and not first:
                 verdict.fault = "hang"
             return verdict
         code = None if late else process.wait()
@@ -71,7 +73,7 @@ class Worker:
         folder.mkdir(parents=True)
         path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "fuzz_worker.py"), str(folder)],
+            [sys.executable, str(self._program), str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(folder / "stderr").open("wb"),

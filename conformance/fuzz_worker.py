@@ -133,7 +133,9 @@ def _fault(status: int, err: str, given: Input, folder: Path) -> str:
             return "names no file"
         if len(lines[0]) > 1500:
             return "endless line"
-        if (folder / "out").is_dir() and any((folder / "out").iterdir()):
+        # `align new` says that it wrote its YAML, which is there to be mended.
+        whole = {f"{given.arguments[1]}.yaml"} if given.arguments[0] == "new" else set()
+        if (folder / "out").is_dir() and {path.name for path in (folder / "out").iterdir()} - whole:
             return "half-written"
     if status != 2 and lines:
         return f"chatter: {lines[0][:60]}"

@@ -24,7 +24,7 @@ from alignment.quantize.observers import amax_of
 from alignment.quantize.sharing import shared
 from alignment.quantize.statistics import Statistics
 from alignment.reading import cut, read_arrays
-from alignment.runners.onnxruntime import open_session
+from alignment.runners.onnxruntime import cannot_run, open_session
 from alignment.storage import locked, writing
 
 #: Images between two writes of what was seen so far.
@@ -237,7 +237,7 @@ class _Observed:
 
     def __init__(self, graph: onnx.ModelProto, names: list[str], path: Path) -> None:
         self.image, *self.others = names
-        self._graph = graph
+        self._graph, self._path = graph, path
         # Threads that spin while they wait would take the processor from those that have work: ours, and others' on a
         # machine that is shared.
         self._session = open_session(mark_outputs(graph, self.others), path, spin=False)
@@ -258,7 +258,10 @@ class _Observed:
                 binding.bind_output(name)
             else:
                 binding.bind_output(name, "cpu", 0, np.float32, kept.shape, kept.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime has one exception type for each status code
+            raise cannot_run(self._path, batch.shape, error) from None
         found = zip(self.others, binding.get_outputs(), strict=True)
         values = {name: self._kept[name] if name in self._kept else value.numpy() for name, value in found}
         return {self.image: batch, **values}

@@ -6,7 +6,6 @@ Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import sys
@@ -323,10 +322,7 @@ def _plain(case: CaseResult) -> str:
 
 
 def main() -> None:
-    """Entry point.  What the output's encoding has no letter for is written as an escape."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """Entry point."""
     app()
 
 

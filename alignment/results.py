@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 SCHEMA_VERSION = 1
 StageName = Literal["input", "raw", "decoded", "detections", "map"]
@@ -341,6 +341,13 @@ class Alignment(_Model):
     cases: list[CaseResult] = []
     explanations: list[Explanation] = []
     ladders: list[Ladder] = []
+
+    @field_validator("dataset")
+    @classmethod
+    def _of_variants(cls, dataset: dict[str, Any]) -> dict[str, Any]:
+        if wrong := [name for name, papers in dataset.items() if not isinstance(papers, dict)]:
+            raise ValueError(f"{wrong[0]!r} is no mapping")
+        return dataset
 
     @property
     def aligned(self) -> bool:

@@ -54,6 +54,16 @@ def writing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all.
+
+    Bytes of paths and arguments that Python's locale has no letters for, which it keeps as surrogates, are written as
+    they are.
+    """
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
     """As `writing`, for a folder that does not exist yet."""

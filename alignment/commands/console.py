@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -61,7 +63,10 @@ class Commands(TyperGroup):
     """The commands of `align`, whose wrong usage is one line too."""
 
     def main(self, args: Any = None, prog_name: Any = None, **extra: Any) -> Any:  # type: ignore[override]
-        """Runs one, and ends the process by its status."""
+        """Runs one, and ends the process by its status; letters that the output has not are written as escapes."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         if not extra.pop("standalone_mode", True):
             return super().main(args, prog_name, standalone_mode=False, **extra)
         try:
@@ -91,6 +96,8 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
             with warnings.catch_warnings():
                 # NumPy's, of numbers that are not finite: what is made of them says so.
                 warnings.simplefilter("ignore", RuntimeWarning)
+                # matplotlib's, of letters that its fonts have not: SVG holds text, which others draw.
+                warnings.filterwarnings("ignore", "Glyph .* missing from")
                 return command(*args, **kwargs)
         except AlignError as error:
             err.print(one_line(f"align: {error}"), markup=False)

@@ -135,7 +135,7 @@ def export(variant: Variant, folder: Path, options: ExportOptions, stem: str | N
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, temporary)
         with writing(node_map_path(path)) as beside:
-            beside.write_text(json.dumps(node_map, indent=1) + "\n")
+            beside.write_text(json.dumps(node_map, indent=1) + "\n", encoding="utf-8")
     return ExportedModel(path, node_map_path(path))
 
 

@@ -301,7 +301,8 @@ def apply(
     placement = place(model, recipe.policy, recipe.keep_float)
     amax = calibration.amax(recipe.method)
     if ranges is not None and not amax.keys() & ranges.keys():
-        raise AlignError(f"{source}: none of its tensors is among the {len(ranges)} ranges", "give those of this model")
+        what = f"{source}: none of its tensors is among the {len(ranges)} ranges"
+        raise AlignError(what, "give --ranges of this model")
     amax |= {name: value for name, value in (ranges or {}).items() if name in amax}
     amax |= group_amax(placement, amax)
     scales = {q.tensor: scale_of(amax[q.tensor]) for q in placement.activations}

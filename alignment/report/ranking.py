@@ -29,7 +29,9 @@ def draw_ranking(found: Sensitivity, metric: str, path: Path) -> None:
     layers = {layer.node: layer for layer in found.layers}
     most = max(layer.macs for layer in found.layers) or 1
     # The same numbers make the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "alignment", "svg.fonttype": "none", "font.size": 8}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "alignment", "svg.fonttype": "none", "font.size": 8, "text.parse_math": False}
+    ):
         figure = Figure(figsize=(10, 1 + 0.22 * len(ranking)), layout="constrained")
         axes = figure.add_subplot()
         shades = [matplotlib.colormaps["Blues"](0.3 + 0.7 * layers[node].macs / most) for node in ranking]

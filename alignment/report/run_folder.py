@@ -14,7 +14,7 @@ from alignment.errors import AlignError
 from alignment.reading import checked, cut, read_json
 from alignment.report.junit import to_junit
 from alignment.results import SCHEMA_VERSION, Alignment, CaseResult, Explanation, Ladder
-from alignment.storage import writing
+from alignment.storage import write_text
 
 RESULTS = "alignment.json"
 REPORT = "report.html"
@@ -36,12 +36,9 @@ def write_run(alignment: Alignment, folder: Path) -> None:
     from alignment.report.gather import beside
     from alignment.report.html import render
 
-    with writing(folder / RESULTS) as file:
-        file.write_text(to_json(alignment), encoding="utf-8")
-    with writing(folder / REPORT) as file:
-        file.write_text(render(beside(alignment, folder)), encoding="utf-8")
-    with writing(folder / JUNIT) as file:
-        file.write_text(to_junit(alignment), encoding="utf-8")
+    write_text(folder / RESULTS, to_json(alignment))
+    write_text(folder / REPORT, render(beside(alignment, folder)))
+    write_text(folder / JUNIT, to_junit(alignment))
 
 
 def to_json(result: BaseModel) -> str:

@@ -93,7 +93,7 @@ def spoilt_tree(rng: Random, content: Any) -> Any:
     """A tree of lists, mappings and values, in which one to three are others, gone, doubled or misnamed."""
     root = [copy.deepcopy(content)]
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        place, key = rng.choice(_places(root))
+        place, key = rng.choice(_places(root)) if rng.random() < 0.5 else _walked(rng, root)
         old = place[key]
         match rng.randrange(8):
             case 0 | 1 | 2 | 3:
@@ -132,8 +132,18 @@ def _other(rng: Random, value: Any) -> Any:
     return [value]
 
 
+def _walked(rng: Random, root: list[Any]) -> tuple[Any, Any]:
+    """A place of a tree, those of a large branch no more likely than others."""
+    place: Any = root
+    key: Any = 0
+    while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.75:
+        place = place[key]
+        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+    return place, key
+
+
 def _places(content: Any, most: int = 4000) -> list[tuple[Any, Any]]:
-    """Every place of a tree, as a list or mapping and the key in it; those near the root are not rarer than others."""
+    """Places of a tree, each as a list or mapping and the key in it, from the root down."""
     found, level = [], [content]
     while level and len(found) < most:
         following = []

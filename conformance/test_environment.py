@@ -69,7 +69,7 @@ def test_the_help_of_every_command_can_be_said_in_ascii(command):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("name", ["ASCII alone", "no colours"])
+@pytest.mark.parametrize("name", ["ASCII alone"])
 def test_a_run_with_names_from_all_over_the_world(name, sound, tmp_path):
     pytest.importorskip("torch")
     place(sound, tmp_path)
@@ -116,7 +116,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("room", [0, 700, 20_000])
+@pytest.mark.parametrize("room", [0, 20_000])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(name, room, sound, tmp_path, monkeypatch):
     pytest.importorskip("torch")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 
 SCHEMA_VERSION = 1
 StageName = Literal["input", "raw", "decoded", "detections", "map"]
@@ -342,12 +342,10 @@ class Alignment(_Model):
     explanations: list[Explanation] = []
     ladders: list[Ladder] = []
 
-    @field_validator("dataset")
-    @classmethod
-    def _of_variants(cls, dataset: dict[str, Any]) -> dict[str, Any]:
-        if wrong := [name for name, papers in dataset.items() if not isinstance(papers, dict)]:
-            raise ValueError(f"{wrong[0]!r} is no mapping")
-        return dataset
+    def dataset_of(self, variant: str) -> dict[str, Any]:
+        """What images a variant was run on: their `root`, `split`, `images` and `fingerprint`; empty where unknown."""
+        found = self.dataset.get(variant)
+        return found if isinstance(found, dict) else {}
 
     @property
     def aligned(self) -> bool:

@@ -102,6 +102,10 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
         except AlignError as error:
             err.print(one_line(f"align: {error}"), markup=False)
             raise typer.Exit(2) from None
+        except MemoryError as error:
+            said = f"align: not enough memory: {error or 'of this machine'}: take a smaller input, or --batch 1"
+            err.print(one_line(said), markup=False)
+            raise typer.Exit(2) from None
         except BrokenPipeError:  # whoever reads the output has had enough of it
             raise
         except OSError as error:

@@ -6,6 +6,7 @@ The statistics are those of all methods: which of them turns a tensor's values i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ SAVE_EVERY = 32
 #: Raise it when `Statistics` come to hold something else, or files to be laid out in another way.
 STATISTICS = 3
 _THREADS = 2
+#: Elements of a tensor for which memory is kept.
+_KEPT = 2**28
 
 
 @dataclass
@@ -249,7 +252,9 @@ class _Observed:
         if batch.shape != self._shape:
             self._shape, self._kept = batch.shape, {}
             shapes = shapes_of(self._graph, self.others, batch.shape)
-            self._kept = {name: np.empty(shapes[name], np.float32) for name in self.others if name in shapes}
+            self._kept = {
+                name: np.empty(shape, np.float32) for name, shape in shapes.items() if math.prod(shape) < _KEPT
+            }
         binding = self._session.io_binding()
         binding.bind_cpu_input(self.image, batch)
         for name in self.others:
@@ -288,6 +293,6 @@ def shapes_of(graph: onnx.ModelProto, names: list[str], batch: tuple[int, ...]) 
     for value in (*inferred.value_info, *inferred.output, *inferred.input):
         tensor = value.type.tensor_type
         dims = tuple(dim.dim_value for dim in tensor.shape.dim)
-        if tensor.HasField("shape") and all(dims):
+        if tensor.HasField("shape") and all(dim > 0 for dim in dims):
             found[value.name] = dims
     return {name: found[name] for name in names if name in found}

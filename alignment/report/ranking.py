@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from alignment.errors import AlignError
 from alignment.quantize.sensitivity import METRICS, Sensitivity
@@ -29,7 +30,7 @@ def draw_ranking(found: Sensitivity, metric: str, path: Path) -> None:
     layers = {layer.node: layer for layer in found.layers}
     most = max(layer.macs for layer in found.layers) or 1
     # The same numbers make the same file; names are no formulas.
-    style = {"svg.hashsalt": "alignment", "svg.fonttype": "none", "font.size": 8, "text.parse_math": False}
+    style: Any = {"svg.hashsalt": "alignment", "svg.fonttype": "none", "font.size": 8, "text.parse_math": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(10, 1 + 0.22 * len(ranking)), layout="constrained")
         axes = figure.add_subplot()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from alignment.case import BACKENDS, PRECISIONS, ROUTES
 from alignment.errors import AlignError
 from alignment.nms.multiclass import Detections
 from alignment.reading import cut, read_arrays, read_json
@@ -140,6 +141,9 @@ class Record:
             arrays = read_arrays(path.with_suffix(".npz"), mend, mend, "not a whole record")
             if lost := IDENTITY - fields["identity"].keys():
                 raise ValueError(f"identity lacks {', '.join(sorted(lost))}")
+            _, backend, precision, *route = fields["case"].split("-")
+            if backend not in BACKENDS or precision not in PRECISIONS or not {*route} <= {*ROUTES} or len(route) > 1:
+                raise ValueError(f"case {cut(fields['case'], 60)} is none")
             record = cls(fields["case"], fields["identity"], {int(i): d for i, d in fields["digests"].items()})
             record.compact = fields.get("compact", False)
             record._fill(arrays, fields["steps"])

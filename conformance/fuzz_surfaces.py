@@ -262,14 +262,18 @@ def variant_onnx(rng: Random, sound: Sound, folder: Path) -> Input:
     source = {"kind": "onnx", "file": "decoded.onnx" if head is DECODED else "model.onnx", "head": head}
     place(sound, folder)
     (folder / f"{kind}.yaml").write_bytes(spoilt_yaml(rng, {**sound.variant, "name": kind, "source": source}))
-    return Input(_commands(rng, sound, f"{kind}.yaml"), [f"{kind}.yaml"], ("model", "decoded", "tiny", "data", ".onnx"))
+    return Input(
+        _commands(rng, sound, f"{kind}.yaml"),
+        [f"{kind}.yaml"],
+        ("model", "decoded", "tiny", "data", ".onnx", "in the variant's YAML"),
+    )
 
 
 @surface("variant YAML, of mmyolo")
 def variant_torch(rng: Random, sound: Sound, folder: Path) -> Input:
     (folder / "planted.yaml").write_bytes(spoilt_yaml(rng, sound.torch_variant))
     words = ["run", "planted.yaml", "--data", str(sound.data), "--backend", "torch", "--images", "1", "--out", "out"]
-    return Input(words, ["planted.yaml"], (CHECKPOINT.stem, "data", ".pth", ".py"))
+    return Input(words, ["planted.yaml"], (CHECKPOINT.stem, "data", ".pth", ".py", "in the variant's YAML"))
 
 
 @surface("golden YAML")
@@ -353,7 +357,7 @@ def qdq_graph(rng: Random, sound: Sound, folder: Path) -> Input:
     if rng.random() < 0.3:
         engine = next(iter(sorted((golden_dir() / "engines").iterdir())))
         words = ["inspect", str(engine), "--onnx", "qdq.onnx", "--out", "out"]
-    return Input(words, ["qdq.onnx"], ("at y", "tensor ", "node "))
+    return Input(words, ["qdq.onnx"], ("QDQ graph", "at y", "tensor ", "node "))
 
 
 @surface("checkpoint")
@@ -602,7 +606,7 @@ def trt_cache(rng: Random, sound: Sound, folder: Path) -> Input:
     content = spoilt_bytes(rng, text.encode()) if rng.random() < 0.6 else text.encode()
     (folder / "table.cache").write_bytes(content)
     words = ["quantize", "tiny.yaml", "--out", "out", "--data", str(sound.data), "--ranges", "table.cache"]
-    return Input(words, ["table.cache"])
+    return Input(words, ["table.cache"], ("--ranges",))
 
 
 _DIGITS = (
@@ -754,12 +758,12 @@ def options(rng: Random, sound: Sound, folder: Path) -> Input:
         "--deployed-iou-threshold",
     )
     for _ in range(rng.choice((1, 2, 3))):
-        at = rng.randrange(3, len(words) + 1)  # the variant stays: without one all of the zoo would run
+        at = rng.randrange(2, len(words) + 1)  # the variant stays: without one all of the zoo would run
         match rng.randrange(3):
-            case 0:
-                words[at - 1 : at] = [rng.choice(values)]
-            case 1:
-                words[at:at] = [rng.choice(names), rng.choice(values)]
+            case 0 if at < len(words):
+                words[at] = rng.choice(values)
+            case 1 if at < len(words):
+                del words[at]
             case _:
-                del words[at - 1]
-    return Input([word for word in words if word not in ("~root",)], [])
+                words[at:at] = [rng.choice(names), rng.choice(values)]
+    return Input(words, [])

@@ -189,7 +189,7 @@ def test_schema_describes_the_file(folder: Path) -> None:
 def test_a_failed_write_leaves_the_old_run(folder: Path, alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
-    def broken(path: Path, text: str, encoding: str) -> None:
+    def broken(path: Path, text: str, encoding: str, errors: str) -> None:
         path.write_bytes(text.encode(encoding)[:20])
         raise OSError("disk full")
 

@@ -128,8 +128,10 @@ def _graphs(variant: Variant, qdq: Path | None, reference: Path | None, data: Pa
 def _read(path: Path) -> QdqGraph:
     from alignment.export.onnx_export import check_onnx
     from alignment.quantize.pairs import QdqGraph
+    from alignment.runners.onnxruntime import open_session
 
     model = check_onnx(path)
+    open_session(model, path, optimize=False)
     try:
         return QdqGraph(model)
     except AlignError as error:

@@ -80,6 +80,8 @@ def read_cache(text: str, origin: object = "calibration cache") -> dict[str, flo
             found[name] = -1.0
         if not 0 <= found[name] <= _LARGEST:
             raise AlignError(f"{origin}: no scale in the line {line[:80]!r}", "calibrate anew")
+    if not found:
+        raise AlignError(f"{origin}: a calibration cache of no tensor", "calibrate anew")
     return found
 
 

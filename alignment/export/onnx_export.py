@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from alignment.variant import OnnxSource, Variant
 
 INPUT = "images"
 OPSETS = range(13, 18)
+#: Of one tensor.
+MOST_ELEMENTS = 2**28
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 #: Of bare ONNX files.
 OLDEST_OPSET = 11
@@ -158,6 +161,7 @@ def check_onnx(path: Path, plugin: bool = False) -> onnx.ModelProto:
         opset = _opset(model, path)
         onnx.checker.check_model(model)
         _require_values(model.graph)
+        _require_room(model)
     except AlignError:
         raise
     except Exception as error:  # protobuf and checker have error types of their own
@@ -182,10 +186,27 @@ def _require_values(graph: onnx.GraphProto) -> None:
                 _require_values(inner)
 
 
+def _require_room(model: onnx.ModelProto) -> None:
+    """Raises ValueError for a tensor, of a shape that follows from the graph alone, that is larger than any has use of.
+
+    The checker and ONNX Runtime would go as far as memory goes.
+    """
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception:  # of what cannot be inferred nothing is known
+        return
+    for value in inferred.value_info:
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if min(sizes, default=0) > 0 and math.prod(sizes) > MOST_ELEMENTS:
+            raise ValueError(f"tensor {value.name} of shape {sizes} takes more than {MOST_ELEMENTS >> 28} GB")
+
+
 def _opset(model: onnx.ModelProto, path: Path) -> int:
     """The opset of a graph with nodes, where it is one that can be used here."""
     if not model.graph.node:
         raise AlignError(f"{path}: holds no nodes", "export it again")
+    if not model.graph.output:
+        raise AlignError(f"{path}: has no outputs", "export it again")
     opset: int = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     newest = onnx.defs.onnx_opset_version()
     if opset < OLDEST_OPSET:

@@ -46,8 +46,8 @@ class OnnxSource(Strict):
 class InputSize(Strict):
     """The one input of a deployed engine, in pixels."""
 
-    height: Annotated[int, Field(ge=32, multiple_of=32)]
-    width: Annotated[int, Field(ge=32, multiple_of=32)]
+    height: Annotated[int, Field(ge=32, le=8192, multiple_of=32)]
+    width: Annotated[int, Field(ge=32, le=8192, multiple_of=32)]
 
 
 class Preprocess(Strict):

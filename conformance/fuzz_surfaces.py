@@ -332,9 +332,9 @@ def onnx_graph(rng: Random, sound: Sound, folder: Path) -> Input:
     (folder / "link.bin").symlink_to("/etc/passwd")
     if rng.random() < 0.4:
         (folder / "decoded.onnx").write_bytes(spoilt_onnx(rng, sound.decoded_graph))
-        return Input(_commands(rng, sound, "decoded.yaml"), ["decoded.onnx"])
+        return Input(_commands(rng, sound, "decoded.yaml"), ["decoded.onnx"], ("node ", "tensor "))
     (folder / "model.onnx").write_bytes(spoilt_onnx(rng, sound.graph))
-    return Input(_commands(rng, sound, "tiny.yaml"), ["model.onnx"])
+    return Input(_commands(rng, sound, "tiny.yaml"), ["model.onnx"], ("node ", "tensor "))
 
 
 @surface("ONNX file, guessed")

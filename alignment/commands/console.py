@@ -96,6 +96,8 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
             with warnings.catch_warnings():
                 # NumPy's, of numbers that are not finite: what is made of them says so.
                 warnings.simplefilter("ignore", RuntimeWarning)
+                # Of libraries, on sizes that no model has: what comes of them is said below.
+                warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|mmengine|mmdet|mmcv)\.")
                 # matplotlib's, of letters that its fonts have not: SVG holds text, which others draw.
                 warnings.filterwarnings("ignore", "Glyph .* missing from")
                 return command(*args, **kwargs)

@@ -30,9 +30,7 @@ def quantize(
     policy: Annotated[str | None, typer.Option(help="where quantizers go: tensorrt, conv-only or full")] = None,
     keep_float: Annotated[
         list[str] | None,
-        typer.Option(
-            help="ONNX node, with wildcards, or a keep_float.yaml with its recipe, that stays float; repeatable"
-        ),
+        typer.Option(help="ONNX node, with wildcards, or a keep_float.yaml or its folder, with its recipe; repeatable"),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
     calibration: Annotated[
@@ -69,7 +67,7 @@ def quantize(
         "bias_correction": bias_correction,
         "equalization": equalization,
     }
-    files = [Path(name) for name in keep_float or () if name.endswith((".yaml", ".yml"))]
+    files = [Path(name) for name in keep_float or () if name.endswith((".yaml", ".yml")) or Path(name).is_dir()]
     patterns = [name for name in keep_float or () if Path(name) not in files]
     asked = {field: value for field, value in asked.items() if value is not None}
     chosen = kept_float(load_variant(variant), patterns, files, asked)

@@ -80,8 +80,6 @@ def read_cache(text: str, origin: object = "calibration cache") -> dict[str, flo
             found[name] = -1.0
         if not 0 <= found[name] <= _LARGEST:
             raise AlignError(f"{origin}: no scale in the line {line[:80]!r}", "calibrate anew")
-    if not found:
-        raise AlignError(f"{origin}: a calibration cache of no tensor", "calibrate anew")
     return found
 
 
@@ -91,6 +89,8 @@ def ranges_in_cache(text: str, origin: object = "calibration cache") -> dict[str
     Arguments and errors as of `read_cache`.
     """
     scales = read_cache(text, origin)
+    if not scales:
+        raise AlignError(f"{origin}: a calibration cache of no tensor", "calibrate anew")
     return {name: float(np.float32(scale) * np.float32(127)) for name, scale in scales.items() if scale > 0}
 
 

@@ -113,7 +113,7 @@ def key(series: Sequence[Series]) -> Markup:
 
 
 def _finite(one: Series) -> Series:
-    return replace(one, values=[mark for mark in one.values if math.isfinite(mark.x) and math.isfinite(mark.y)])
+    return replace(one, values=[mark for mark in one.values if abs(mark.x) <= _FAR and abs(mark.y) <= _FAR])
 
 
 class _Scale:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ import onnx
 import pytest
 import yaml
 from command_line import align, one_line, python
+from engines import convolution, engine
 from fuzz_surfaces import Sound, place, png
 from report_scenes import FAILS, write_everything
 from test_record import made
@@ -20,6 +22,7 @@ from alignment.engine.int8 import ranges_in_cache
 from alignment.errors import AlignError
 from alignment.export.onnx_export import check_onnx, file_digest
 from alignment.gate.runs import read_runs
+from alignment.inspection.draw import draw
 from alignment.quantize.trained import Trained, identity_of
 from alignment.report.plot import Mark, Series, dots, scatter
 from alignment.report.run_folder import read_run, to_json
@@ -155,6 +158,11 @@ def test_a_run_whose_dataset_is_no_mapping_is_gated_all_the_same(tmp_path):
     for words in (["gate", tmp_path / "run", "--baseline", tmp_path / "run"], ["report", tmp_path / "run"]):
         assert align(*words).exit_code in (0, 1)
     assert [case.case.id for case in read_run(tmp_path / "run").cases if case.status == "fail"] == [FAILS]
+
+
+def test_names_of_control_characters_are_no_broken_drawing(tmp_path):
+    layers = [convolution("a\x1b[31m\x00\ufffe", "x:Half", "a\x07:Half", weights="Half")]
+    ElementTree.fromstring(draw([engine(*layers, times={})]))
 
 
 def test_a_chart_takes_any_number():

@@ -133,7 +133,7 @@ class Variant(Strict):
     mend for values that float16 cannot hold.  `quantization` says how it goes to int8.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=100)]
     source: Annotated[MMYoloSource | OnnxSource, Field(discriminator="kind")]
     input: InputSize
     preprocess: Preprocess = Preprocess()

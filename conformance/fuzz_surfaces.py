@@ -273,7 +273,9 @@ def variant_onnx(rng: Random, sound: Sound, folder: Path) -> Input:
 def variant_torch(rng: Random, sound: Sound, folder: Path) -> Input:
     (folder / "planted.yaml").write_bytes(spoilt_yaml(rng, sound.torch_variant))
     words = ["run", "planted.yaml", "--data", str(sound.data), "--backend", "torch", "--images", "1", "--out", "out"]
-    return Input(words, ["planted.yaml"], (CHECKPOINT.stem, "data", ".pth", ".py", "in the variant's YAML"))
+    return Input(
+        words, ["planted.yaml"], (CHECKPOINT.stem, "data", ".pth", ".py", "in the variant's YAML", "checkpoint")
+    )
 
 
 @surface("golden YAML")
@@ -322,7 +324,7 @@ def keep_float(rng: Random, sound: Sound, folder: Path) -> Input:
     fields = yaml.safe_load((sound.quantized / "partial" / "keep_float.yaml").read_text())
     (folder / "keep_float.yaml").write_bytes(spoilt_yaml(rng, fields))
     words = ["quantize", "tiny.yaml", "--out", "out", "--data", str(sound.data), "--keep-float", "keep_float.yaml"]
-    return Input(words, ["keep_float.yaml"])
+    return Input(words, ["keep_float.yaml"], ("tiny: has no torch model",))
 
 
 @surface("ONNX file")

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from command_line import align, one_line
-from fuzz_surfaces import Sound, place
+from fuzz_sound import Sound, place
 
 from alignment.cli import app
 from alignment.quantize.partial_result import Point
@@ -164,6 +164,7 @@ def test_a_report_needs_no_matplotlib(sound, tmp_path, monkeypatch):
 NAMES = ["$a$b$c_{$", "猫/Conv", "<b>&amp;", "\\frac{", "$"]
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_plots_take_whatever_nodes_are_called(tmp_path):
     pytest.importorskip("matplotlib")
     layers = [LayerSensitivity(node=name, module="", macs=1, metrics={"agreement": 0.1}) for name in NAMES]

@@ -11,7 +11,7 @@ import pytest
 from fuzz_surfaces import SURFACES, Input
 
 #: Inputs of each surface.
-SHARE = 6
+SHARE = 4
 
 
 @pytest.fixture(scope="module")

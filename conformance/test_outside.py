@@ -14,7 +14,8 @@ import pytest
 import yaml
 from command_line import align, one_line, python
 from engines import convolution, engine
-from fuzz_surfaces import Sound, place, png
+from fuzz_pictures import png
+from fuzz_sound import Sound, place
 from report_scenes import FAILS, write_everything
 from test_record import made
 

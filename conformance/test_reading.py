@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from fuzz_mutations import spoilt_arrays, spoilt_bytes, spoilt_json, spoilt_yaml
+from fuzz_arrays import spoilt_arrays
+from fuzz_mutations import spoilt_bytes, spoilt_json, spoilt_yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel

@@ -330,7 +330,10 @@ def _path(text: Any, folder: Path) -> Path:
             raise ValueError(f"{cut(text, 100)}: the environment variable {name} is not set")
         return known.get(name) or os.environ[name]
 
-    return folder / re.sub(r"\$\{(\w+)\}", value, str(text))
+    found = folder / re.sub(r"\$\{(\w+)\}", value, str(text))
+    if any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in found.parts):
+        raise ValueError(f"{cut(text, 60)}: longer than a file name can be")
+    return found
 
 
 _TAGS: dict[Any, type[BaseModel]] = {

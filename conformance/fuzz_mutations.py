@@ -112,7 +112,7 @@ def _other(rng: Random, value: Any) -> Any:
         case bool():
             return not value
         case int() | float():
-            return rng.choice((-value, value * 1000, str(value), [value], value + 0.5, value * 1e-9, int(value) + 1))
+            return rng.choice((-value, value * 1000, str(value), [value], value + 0.5, value * 1e-9, value + 1))
         case str():
             return rng.choice(
                 (value * 2, value.upper(), value[:-1], value + "\n", [value], {value: value}, value + "/..")

@@ -28,7 +28,7 @@ from alignment.quantize.trained import Trained, identity_of
 from alignment.report.plot import Mark, Series, dots, scatter
 from alignment.report.run_folder import read_run, to_json
 from alignment.runners.record import Record
-from alignment.variant import load_variant
+from alignment.variant import golden_dir, load_variant
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,28 @@ def test_a_record_whose_columns_do_not_fit_is_refused(tmp_path, name, change):
         Record.load(path)
 
 
+def test_a_record_whose_detections_are_of_no_candidate_is_explained_all_the_same(tmp_path):
+    names = [f"yolov8_embedded-tensorrt-{precision}" for precision in ("fp32", "fp16")]
+    for name in names:
+        for ending in (".json", ".npz"):
+            shutil.copy(golden_dir() / "records" / f"{name}{ending}", tmp_path)
+    path = tmp_path / f"{names[0]}.npz"
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    last = arrays[next(name for name in arrays if name.startswith("full_") and name.endswith("_scores"))].shape[0] - 1
+    arrays["detections_rows"][0] = last
+    np.savez(path, **arrays)
+    result = align("explain", *(tmp_path / f"{name}.json" for name in names))
+    assert result.exit_code == 1, result.output
+    assert f"row {last}" in result.stdout
+    arrays["detections_labels"][0] = 5
+    arrays["candidates_labels"] += 6 - arrays["candidates_labels"].max()
+    np.savez(path, **arrays)
+    refused = align("explain", *(tmp_path / f"{name}.json" for name in names))
+    assert refused.exit_code == 2, refused.output
+    assert one_line(refused.stderr)
+
+
 def test_a_run_whose_dataset_is_no_mapping_is_gated_all_the_same(tmp_path):
     run = write_everything(tmp_path / "run")
     strange = run.model_copy(update={"dataset": {case.case.variant: "x" for case in run.cases}})
@@ -225,6 +247,18 @@ def test_the_folder_of_a_keep_float_file_will_do(sound, tmp_path, monkeypatch):
     found = align(*words, ".")
     assert found.exit_code == 0, found.output
     assert "1 nodes in int8" in found.stdout
+
+
+@pytest.mark.parametrize("field", ["file", "checkpoint"])
+def test_a_path_that_no_file_can_have_is_named_with_its_yaml(sound, tmp_path, field):
+    source = {"kind": "onnx", "file": "x" * 300, "head": {"layout": "yolov8"}}
+    if field == "checkpoint":
+        source = {"kind": "mmyolo", "config": "a.py", "checkpoint": f"a/{'x' * 300}/b"}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({**sound.variant, "source": source}))
+    result = align("run", tmp_path / "a.yaml")
+    assert result.exit_code == 2
+    assert "a.yaml: source: " in one_line(result.stderr)
+    assert "longer than a file name can be" in result.stderr
 
 
 def test_a_training_that_means_harm_is_not_resumed(tmp_path):

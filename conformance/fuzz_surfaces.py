@@ -61,7 +61,7 @@ def variant_onnx(rng: Random, sound: Sound, folder: Path) -> Input:
     return Input(
         _commands(rng, sound, f"{kind}.yaml"),
         [f"{kind}.yaml"],
-        ("model", "decoded", "tiny", "data", ".onnx", "in the variant's YAML"),
+        ("model", "decoded", "tiny", "data", ".onnx", "the variant's YAML"),
     )
 
 
@@ -69,9 +69,7 @@ def variant_onnx(rng: Random, sound: Sound, folder: Path) -> Input:
 def variant_torch(rng: Random, sound: Sound, folder: Path) -> Input:
     (folder / "planted.yaml").write_bytes(spoilt_yaml(rng, sound.torch_variant))
     words = ["run", "planted.yaml", "--data", str(sound.data), "--backend", "torch", "--images", "1", "--out", "out"]
-    return Input(
-        words, ["planted.yaml"], (CHECKPOINT.stem, "data", ".pth", ".py", "in the variant's YAML", "checkpoint")
-    )
+    return Input(words, ["planted.yaml"], (CHECKPOINT.stem, "data", ".pth", ".py", "the variant's YAML", "checkpoint"))
 
 
 @surface("golden YAML")
@@ -243,10 +241,10 @@ def records(rng: Random, sound: Sound, folder: Path) -> Input:
     if rng.random() < 0.5:
         words = ["run", "yolov8_embedded", "--backend", "tensorrt", "--golden", ".", "--precision", "fp32,fp16,int8"]
         words += ["--route", "qdq", "--images", "3", "--out", "out"]
-        return Input(words, spoilt)
+        return Input(words, spoilt, ("of its reference",))
     pair = [f"records/{stem}.json", "records/yolov8_embedded-tensorrt-fp16.json"]
     rng.shuffle(pair)
-    return Input(["explain", *pair, "--out", "out"], spoilt)
+    return Input(["explain", *pair, "--out", "out"], spoilt, ("of one variant",))
 
 
 @surface("TensorRT calibration cache")

@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from alignment.case import ROUTES
 from alignment.commands import cache
 from alignment.commands.console import (
+    Commands,
     Data,
     Golden,
     Images,
@@ -52,7 +53,7 @@ from alignment.scratch import scratch_folder
 from alignment.storage import cache_dir
 from alignment.variant import Variant, golden_dir, load_variant, zoo
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.command()

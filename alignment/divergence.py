@@ -255,7 +255,11 @@ def explain_records(reference: Path, subject: Path, golden: Path, progress: Prog
     moved: Moved = "numeric" if all(case.precision == "fp32" for case in cases) else "precision"
     found, kept = Explained(), [0, 0]
     for image in one.digests:
-        sides, threshold = _from_candidates(one.candidates[image], other.candidates[image], variant.classes)
+        tables = [table[image] for record in (one, other) for table in (record.candidates, record.detections)]
+        if any(table.labels.max(initial=0) >= variant.classes for table in tables):
+            raise AlignError(f"{subject}: image {image}: of more classes than {variant.name} has", "record it anew")
+        count = max(int(table.rows.max(initial=-1)) for table in tables) + 1
+        sides, threshold = _from_candidates(one.candidates[image], other.candidates[image], count, variant.classes)
         nms = variant.nms.model_copy(update={"score_threshold": max(threshold, variant.nms.score_threshold)})
         semantics = replace(mmyolo(nms, variant.rotated), frame="input", classes="apart", split=None)
         ours, theirs = (
@@ -274,17 +278,16 @@ def explain_records(reference: Path, subject: Path, golden: Path, progress: Prog
 
 
 def _from_candidates(
-    one: Candidates, other: Candidates, classes: int
+    one: Candidates, other: Candidates, count: int, classes: int
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], float]:
-    """Boxes and scores of both sides over the rows that either holds, and the score from which both hold all.
+    """Boxes and scores of both sides over `count` rows, and the score from which both hold all.
 
     What one side lacks lies below that score, and is put just there.
     """
-    rows = np.union1d(one.rows, other.rows)
     threshold = max(one.floor, other.floor)
     sides = []
     for own, others in ((one, other), (other, one)):
-        boxes = np.zeros((rows.max(initial=0) + 1, own.boxes.shape[1]), np.float32)
+        boxes = np.zeros((max(count, 1), own.boxes.shape[1]), np.float32)
         scores = np.zeros((len(boxes), classes), np.float32)
         boxes[others.rows], boxes[own.rows] = others.boxes, own.boxes
         scores[others.rows, others.labels] = np.minimum(others.scores, np.float32(threshold))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.case import Case
 from alignment.errors import AlignError
+from alignment.reading import checked, read_yaml
 from alignment.results import CaseResult
 from alignment.storage import locked, writing
 
@@ -114,11 +115,8 @@ def read_golden(folder: Path, variant: str) -> Golden:
     path = golden_path(folder, variant)
     if not path.is_file():
         return Golden(variant=variant)
-    try:
-        return Golden.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise AlignError(f"{path}: not a golden file: {reason}", "mend it or make it anew: --update-golden") from None
+    mend = "mend it, or delete it and make it anew: --update-golden"
+    return checked(Golden, read_yaml(path, mend, mend), path, mend, "not a golden file")
 
 
 def limits(golden: Golden, case: Case, provenance: dict[str, Any], images: int | None = None) -> GoldenCase:

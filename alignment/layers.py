@@ -100,10 +100,10 @@ def compare_layers(
         One entry a tensor, in the order of the graph.
     """
     graph = onnx.load(model)
-    evaluator = OnnxEvaluator(graph, "float32")
+    evaluator = OnnxEvaluator(graph, "float32", model)
     batch = filled(batch, evaluator.fixed_batch or len(batch))
     plain = evaluator.tensors(batch)
-    truth = OnnxEvaluator(graph, "float64").tensors(batch)
+    truth = OnnxEvaluator(graph, "float64", model).tensors(batch)
     # How many boxes an NMS keeps may hang on a rounding: what follows it has nothing to be compared with then.
     same = {n for n, v in plain.items() if isinstance(v, np.ndarray) and v.shape == np.shape(truth[n])}
     floats = {n for n in same if plain[n].dtype == np.float32}

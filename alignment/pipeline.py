@@ -418,8 +418,10 @@ def _drawn_shape(box: np.ndarray) -> dict[str, Any]:
 
 def write_picture(pixels: np.ndarray, path: Path) -> None:
     """Writes ``[H, W, 3] uint8`` BGR as JPEG, at most `PICTURE_SIZE` pixels wide and high."""
-    scale = min(1.0, PICTURE_SIZE / max(pixels.shape[:2]))
-    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
+    height, width = pixels.shape[:2]
+    scale = PICTURE_SIZE / max(height, width)
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
     with writing(path) as temporary:
         temporary.write_bytes(cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes())
 

@@ -342,6 +342,11 @@ class Alignment(_Model):
     explanations: list[Explanation] = []
     ladders: list[Ladder] = []
 
+    def dataset_of(self, variant: str) -> dict[str, Any]:
+        """What images a variant was run on: their `root`, `split`, `images` and `fingerprint`; empty where unknown."""
+        found = self.dataset.get(variant)
+        return found if isinstance(found, dict) else {}
+
     @property
     def aligned(self) -> bool:
         """True when no case fails and no difference is unexplained or due to a wrong setting."""

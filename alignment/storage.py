@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import platformdirs
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
 
 from alignment.errors import AlignError
 from alignment.scratch import temporary
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 def cache_dir() -> Path:
@@ -43,31 +38,6 @@ def require_folder(path: Path, option: str) -> None:
         raise AlignError(f"{option} {path}: {error.strerror}", "name a folder that can be written") from None
 
 
-def read_model(model: type[Model], path: Path, what: str, absent: str, damaged: str) -> Model:
-    """Reads a typed result that a command wrote as JSON.
-
-    Args:
-        model: its type.
-        path: its file.
-        what: what the file is said not to be.
-        absent: the mend for a file that cannot be read.
-        damaged: the mend for one that holds something else.
-
-    Raises:
-        AlignError: for either.
-    """
-    try:
-        return model.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise AlignError(f"{path}: {error.strerror}", absent) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except ValueError as error:  # of JSON and of UTF-8
-        reason = str(error)
-    raise AlignError(f"{path}: {what}: {reason}", damaged)
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Gives a temporary file beside `path` that becomes `path` when the block ends without an error.
@@ -79,6 +49,16 @@ def writing(path: Path) -> Iterator[Path]:
         yield made
         made.chmod(0o666 & ~_umask())
         made.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all.
+
+    Bytes of paths and arguments that Python's locale has no letters for, which it keeps as surrogates, are written as
+    they are.
+    """
+    with writing(path) as made:
+        made.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 @contextmanager

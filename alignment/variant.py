@@ -10,11 +10,11 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
 from alignment.errors import AlignError
 from alignment.onnx_head import DecodedHead, End2EndHead, OnnxHead, Strict, YoloHead, Yolov5RawHead, YoloxHead, settled
+from alignment.reading import cut, first_error, read_yaml
 from alignment.storage import data_dir
 
 ZOO = Path(__file__).parent / "zoo"
@@ -46,8 +46,8 @@ class OnnxSource(Strict):
 class InputSize(Strict):
     """The one input of a deployed engine, in pixels."""
 
-    height: Annotated[int, Field(ge=32, multiple_of=32)]
-    width: Annotated[int, Field(ge=32, multiple_of=32)]
+    height: Annotated[int, Field(ge=32, le=8192, multiple_of=32)]
+    width: Annotated[int, Field(ge=32, le=8192, multiple_of=32)]
 
 
 class Preprocess(Strict):
@@ -133,7 +133,7 @@ class Variant(Strict):
     mend for values that float16 cannot hold.  `quantization` says how it goes to int8.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=100)]
     source: Annotated[MMYoloSource | OnnxSource, Field(discriminator="kind")]
     input: InputSize
     preprocess: Preprocess = Preprocess()
@@ -264,12 +264,7 @@ def load_variant(name: str | Path) -> Variant:
         if not path.is_file():
             names = ", ".join(p.stem for p in zoo())
             raise AlignError(f"no variant is named {str(name)!r}", f"give a YAML file or one of: {names}")
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AlignError(f"{path}: {error.strerror}", "give the path of a variant's YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AlignError(f"{path}: not YAML: {' '.join(str(error).split())}", "mend the file") from None
+    fields = read_yaml(path, "give the path of a variant's YAML file", "mend the file")
     if not isinstance(fields, dict):
         raise AlignError(f"{path}: holds no fields", f"see {ZOO / 'yolov8_embedded.yaml'} for an example")
     variant = variant_of(fields, path, path.parent)
@@ -292,7 +287,7 @@ def variant_of(fields: dict[str, Any], origin: Path | str, folder: Path | None =
     try:
         return Variant.model_validate(fields, context={"folder": folder} if folder else None)
     except ValidationError as error:
-        raise AlignError(f"{origin}: {_first(error)}", "mend that field") from None
+        raise AlignError(f"{origin}: {first_error(error, 'variant', _TAGS, _siblings)}", "mend that field") from None
 
 
 def resized(variant: Variant, height: int, width: int) -> Variant:
@@ -308,7 +303,7 @@ def resized(variant: Variant, height: int, width: int) -> Variant:
     try:
         size = InputSize(height=height, width=width)
     except ValidationError as error:
-        raise AlignError(f"size {height}x{width}: {error.errors()[0]['msg']}", "give multiples of 32") from None
+        raise AlignError(f"size {height}x{width}: {first_error(error, 'size')}", "give multiples of 32") from None
     found = variant.model_copy(update={"name": f"{variant.name}_{height}x{width}", "input": size})
     found._arguments = f"{variant.arguments} --size {height}x{width}"
     return found
@@ -332,10 +327,13 @@ def _path(text: Any, folder: Path) -> Path:
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in known and name not in os.environ:
-            raise ValueError(f"{text}: the environment variable {name} is not set")
+            raise ValueError(f"{cut(text, 100)}: the environment variable {name} is not set")
         return known.get(name) or os.environ[name]
 
-    return folder / re.sub(r"\$\{(\w+)\}", value, str(text))
+    found = folder / re.sub(r"\$\{(\w+)\}", value, str(text))
+    if any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in found.parts):
+        raise ValueError(f"{cut(text, 60)}: longer than a file name can be")
+    return found
 
 
 _TAGS: dict[Any, type[BaseModel]] = {
@@ -348,21 +346,6 @@ _TAGS: dict[Any, type[BaseModel]] = {
     "yolov5_raw": Yolov5RawHead,
     "end2end": End2EndHead,
 }
-
-
-def _first(error: ValidationError) -> str:
-    """The first error in words: ``preprocess.resize: 'x' is not allowed: ...``."""
-    first = error.errors()[0]
-    parts = [str(part) for part in first["loc"] if part not in _TAGS]
-    if first["type"].startswith("union_tag"):
-        parts.append(first["ctx"]["discriminator"].strip("'"))
-    field = ".".join(parts)
-    given = first.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-    if first["type"] == "extra_forbidden":
-        shown = f"; allowed are {', '.join(_siblings(first['loc']))}"
-    more = len(error.errors()) - 1
-    return f"{field or 'variant'}: {first['msg']}{shown}" + (f"; and {more} more" if more else "")
 
 
 def _siblings(place: tuple[int | str, ...]) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from alignment.storage import read_model, writing
+from alignment.reading import read_model
+from alignment.storage import writing
 
 SCHEMA_VERSION = 1
 Kind = Literal["ours", "peer", "floor"]

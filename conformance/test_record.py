@@ -140,7 +140,7 @@ def test_a_damaged_record_is_named_with_its_mend(tmp_path, name):
     DAMAGES[name](path)
     with pytest.raises(AlignError) as caught:
         Record.load(path)
-    assert str(path) in caught.value.what
+    assert str(path.with_suffix("")) in caught.value.what
     assert "make the record again" in caught.value.mend
     assert "\n" not in str(caught.value)
     if name == "other version":

@@ -108,7 +108,7 @@ def test_every_model_of_a_file_has_its_fields_on_the_page(page: str, root: type[
 
 def test_fields_have_type_limits_and_default():
     text = PAGES["reference/variant.md"]()
-    assert "| `height` | integer, ≥ 32, a multiple of 32 | required |" in text
+    assert "| `height` | integer, ≥ 32, ≤ 8192, a multiple of 32 | required |" in text
     assert '| `resize` | `letterbox`, `letterbox_top_left`, `stretch` | `"letterbox"` |' in text
     assert "| `strides` | list of integer, > 0 | `[8, 16, 32]` |" in text
     assert all(f"[{head.__name__}](#{head.__name__.lower()})" in text for head in get_args(OnnxHead))

@@ -189,7 +189,7 @@ def test_schema_describes_the_file(folder: Path) -> None:
 def test_a_failed_write_leaves_the_old_run(folder: Path, alignment: Alignment, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
-    def broken(path: Path, text: str, encoding: str) -> None:
+    def broken(path: Path, text: str, encoding: str, errors: str) -> None:
         path.write_bytes(text.encode(encoding)[:20])
         raise OSError("disk full")
 
@@ -203,8 +203,8 @@ def test_a_failed_write_leaves_the_old_run(folder: Path, alignment: Alignment, m
     ("content", "complaint"),
     [
         (None, "does not exist"),
-        (b"{", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
         (b"[]", "has no schema_version"),
         (b'{"schema_version": 2}', "has schema_version 2"),
         (b'{"schema_version": 1, "created": "", "command": "", "cases": [{"case": 1}]}', r"cases\.0\.case"),

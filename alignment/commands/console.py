@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -22,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from typer.core import TyperGroup
 
 from alignment.errors import AlignError
 from alignment.results import Alignment
@@ -59,27 +63,72 @@ Scheduler = Annotated[
 Golden = Annotated[Path | None, typer.Option(help="folder of golden values; default: the packaged one")]
 
 
+class Commands(TyperGroup):
+    """The commands of `align`, whose wrong usage is one line too."""
+
+    def main(self, args: Any = None, prog_name: Any = None, **extra: Any) -> Any:  # type: ignore[override]
+        """Runs one, and ends the process by its status; letters that the output has not are written as escapes."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        if not extra.pop("standalone_mode", True):
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            status = super().main(args, prog_name, standalone_mode=False, **extra)
+        except typer.Abort:
+            raise SystemExit(1) from None
+        except Exception as error:
+            # Typer has click's exceptions, or its own of the same names.
+            if not hasattr(error, "format_message"):
+                raise
+            said, place = error.format_message(), getattr(error, "ctx", None)
+            if "\n" in said:  # the help of a command that was given nothing
+                out.print(said, markup=False)
+            elif said:
+                path = place.command_path if place else "align"
+                err.print(one_line(f"align: {said.rstrip('.')}: see `{path} --help`"), markup=False)
+            raise SystemExit(error.exit_code) from None  # type: ignore[attr-defined]
+        raise SystemExit(status if isinstance(status, int) else 0)
+
+
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turns an AlignError, and what the file system refuses, into one line on stderr and exit status 2."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with warnings.catch_warnings():
+                # NumPy's, of numbers that are not finite: what is made of them says so.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                # Of libraries, on sizes that no model has: what comes of them is said below.
+                warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|mmengine|mmdet|mmcv)\.")
+                # matplotlib's, of letters that its fonts have not: SVG holds text, which others draw.
+                warnings.filterwarnings("ignore", "Glyph .* missing from")
+                return command(*args, **kwargs)
         except AlignError as error:
-            err.print(f"align: {error}", markup=False)
+            err.print(one_line(f"align: {error}"), markup=False)
+            raise typer.Exit(2) from None
+        except MemoryError as error:
+            said = f"align: not enough memory: {error or 'of this machine'}: take a smaller input, or --batch 1"
+            err.print(one_line(said), markup=False)
             raise typer.Exit(2) from None
         except BrokenPipeError:  # whoever reads the output has had enough of it
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            err.print(f"align: {where}{error.strerror or error}", markup=False)
+            err.print(one_line(f"align: {where}{error.strerror or error}"), markup=False)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err.print("align: interrupted; nothing half-written was left", markup=False)
             raise typer.Exit(130) from None
 
     return run
+
+
+def one_line(text: str) -> str:
+    """What is said of bad input, which may hold anything: on one line, printable, and with its end where it is long."""
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(text.split()))
+    return plain if len(plain) <= 1200 else f"{plain[:700]} ... {plain[-400:]}"
 
 
 def recipe_changes(plain: bool, policy: str | None) -> dict[str, Any]:

@@ -118,12 +118,24 @@ def _require_planted(candidate: QdqBackend, graph: QdqGraph) -> None:
 
 def _graphs(variant: Variant, qdq: Path | None, reference: Path | None, data: Path | None) -> tuple[QdqGraph, QdqGraph]:
     """The graph in question, and what it is held to."""
-    from alignment.export.onnx_export import check_onnx
     from alignment.quantize.pairs import QdqGraph
     from alignment.quantize.recipe import quantize
 
-    subject = QdqGraph(quantize(variant, data).model if qdq is None else check_onnx(qdq))
-    return subject, subject if reference is None else QdqGraph(check_onnx(reference))
+    subject = QdqGraph(quantize(variant, data).model) if qdq is None else _read(qdq)
+    return subject, subject if reference is None else _read(reference)
+
+
+def _read(path: Path) -> QdqGraph:
+    from alignment.export.onnx_export import check_onnx
+    from alignment.quantize.pairs import QdqGraph
+    from alignment.runners.onnxruntime import open_session
+
+    model = check_onnx(path)
+    open_session(model, path, optimize=False)
+    try:
+        return QdqGraph(model)
+    except AlignError as error:
+        raise AlignError(f"{path}: {error.what}", error.mend) from None
 
 
 def _batch(variant: Variant, data: Path | None, images: int) -> Any:

@@ -40,7 +40,7 @@ def gate(
     from alignment.gate.runs import read_runs
     from alignment.report.gate_markdown import to_markdown
     from alignment.report.run_folder import read_run, to_json
-    from alignment.storage import writing
+    from alignment.storage import write_text
 
     if print_policy:
         out.print(PACKAGED.read_text(encoding="utf-8"), markup=False, end="")
@@ -58,8 +58,7 @@ def gate(
         (json_file, to_json(result)),
     ):
         if path:
-            with writing(path) as file:
-                file.write_text(text, encoding="utf-8")
+            write_text(path, text)
     _print(result)
     raise typer.Exit(0 if result.verdict == "passed" else 1)
 

@@ -16,7 +16,7 @@ from alignment.errors import AlignError
 from alignment.inspection.findings import KINDS, find
 from alignment.inspection.saved import Inspection, load_inspection
 from alignment.inspection.summary import Sum, by_finding, by_precision
-from alignment.storage import writing
+from alignment.storage import write_text
 
 
 def inspect(
@@ -66,8 +66,7 @@ def inspect(
         _report(engine, show, out_dir)
     name = "-against-".join(engine.name for engine in engines)
     for ending, text in ((".svg", draw(engines)), (".html", render_engines(engines))):
-        with writing(out_dir / f"{name}{ending}") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(out_dir / f"{name}{ending}", text)
         out.print(f"wrote {out_dir / f'{name}{ending}'}", markup=False)
 
 
@@ -133,8 +132,7 @@ def _report(engine: Inspection, show: int, out_dir: Path) -> None:
         if len(own) > show:
             out.print(f"{kind}: {len(own) - show} more: --show {len(own)}, or the findings' file", markup=False)
     path = out_dir / f"{engine.name}.findings.json"
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps([f.to_json() for f in found], indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps([f.to_json() for f in found], indent=1) + "\n")
     out.print(f"wrote {path}", markup=False)
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from alignment.commands.console import Data, VariantName, kept_float, out, require_folders, stage_bars
-from alignment.errors import AlignError
+from alignment.reading import read_text
 from alignment.variant import Variant, load_variant
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def quantize(
     policy: Annotated[str | None, typer.Option(help="where quantizers go: tensorrt, conv-only or full")] = None,
     keep_float: Annotated[
         list[str] | None,
-        typer.Option(
-            help="ONNX node, with wildcards, or a keep_float.yaml with its recipe, that stays float; repeatable"
-        ),
+        typer.Option(help="ONNX node, with wildcards, or a keep_float.yaml or its folder, with its recipe; repeatable"),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="calibrate on so many")] = None,
     calibration: Annotated[
@@ -69,11 +67,11 @@ def quantize(
         "bias_correction": bias_correction,
         "equalization": equalization,
     }
-    files = [Path(name) for name in keep_float or () if name.endswith((".yaml", ".yml"))]
+    files = [Path(name) for name in keep_float or () if name.endswith((".yaml", ".yml")) or Path(name).is_dir()]
     patterns = [name for name in keep_float or () if Path(name) not in files]
     asked = {field: value for field, value in asked.items() if value is not None}
     chosen = kept_float(load_variant(variant), patterns, files, asked)
-    given = None if ranges is None else ranges_in_cache(_text(ranges))
+    given = None if ranges is None else ranges_in_cache(_text(ranges), ranges)
     with stage_bars(chosen.name) as show:
         found = recipe.quantize(chosen, data, batch, show, device, given)
     _print(found, chosen)
@@ -101,7 +99,5 @@ def _print(found: Quantized, variant: Variant) -> None:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignError(f"{path}: {error}", "give a TensorRT calibration cache") from None
+    mend = "give a TensorRT calibration cache"
+    return read_text(path, mend, mend)

@@ -32,7 +32,7 @@ def report(
     from alignment.report.gather import gather
     from alignment.report.html import render
     from alignment.report.run_folder import REPORT
-    from alignment.storage import writing
+    from alignment.storage import write_text
 
     found = gather(paths)
     if out_file is None:
@@ -41,8 +41,7 @@ def report(
         out_file = paths[0] / REPORT
     require_folders({"--out": out_file.parent})
     page = render(found)
-    with writing(out_file) as file:
-        file.write_text(page, encoding="utf-8")
+    write_text(out_file, page)
     for note in found.notes:
         out.print(f"note: {note}", markup=False)
-    out.print(f"wrote {out_file}: {len(page.encode()) / 1e6:.1f} MB", markup=False)
+    out.print(f"wrote {out_file}: {out_file.stat().st_size / 1e6:.1f} MB", markup=False)

@@ -67,6 +67,10 @@ def sensitivity(
     ):
         _require(option, value, choices)
     require_folders({"--out": out_file and out_file.parent, "--plot": plot and plot.parent})
+    if plot:
+        from alignment.report.pareto import require_matplotlib
+
+        require_matplotlib()
     chosen = with_quantization(load_variant(variant), recipe_changes(plain, policy))
     if mode == "quantize-one" and chosen.quantization.searched:
         out.print(f"[yellow]{escape(chosen.name)}: {SEARCHED}[/]")

@@ -14,7 +14,10 @@ import numpy as np
 
 from alignment.data.decoder import decode
 from alignment.errors import AlignError
+from alignment.reading import cut, read_json
 
+#: Bytes of an annotation file: those of COCO's training images have 450 MB.
+MOST_TRUTH = 2**30
 IMAGE_MEND = "give the image, or take it out of the annotations"
 
 
@@ -75,8 +78,8 @@ class CocoDataset:
         cls, path: Path, folder: Path, root: Path, split: str, layout: str, limit: int | None = None
     ) -> CocoDataset:
         """The same with the annotation file and the image folder named; `layout` says what errors advise."""
+        truth = read_json(path, layout, "give the file again, whole", most=MOST_TRUTH)
         try:
-            truth = json.loads(path.read_text(encoding="utf-8"))
             for name in ("images", "annotations", "categories"):
                 if not isinstance(truth[name], list):
                     raise TypeError(name)
@@ -88,23 +91,22 @@ class CocoDataset:
             categories = sorted(truth["categories"], key=lambda c: c["id"])
             known = {entry.id for entry in entries}
             strays = sorted({a["image_id"] for a in truth["annotations"]} - known)
-        except OSError as error:
-            raise AlignError(f"{path}: {error.strerror}", layout) from None
-        except ValueError as error:
-            raise AlignError(f"{path}: not JSON: {error}", "give the file again, whole") from None
-        except (KeyError, TypeError) as error:
-            raise AlignError(f"{path}: not in COCO layout: {error} is missing or of another type", layout) from None
+            # Of the file as it is, whatever it leaves out.
+            digest = hashlib.sha256(json.dumps([truth["images"], truth["annotations"]], sort_keys=True).encode())
+        except (KeyError, TypeError, RecursionError) as error:
+            what = f"{path}: not in COCO layout: {cut(error, 60)} is missing or of another type"
+            raise AlignError(what, layout) from None
         if strays:
-            raise AlignError(f"{path}: annotations name image id {strays[0]}, which is not among its images", layout)
+            raise AlignError(
+                f"{path}: annotations name image id {cut(strays[0], 60)}, which is not among its images", layout
+            )
         if not entries:
             raise AlignError(f"{path}: lists no images", layout)
-        # Of the file as it is, whatever it leaves out.
-        digest = hashlib.sha256(json.dumps([truth["images"], truth["annotations"]], sort_keys=True).encode())
         entries = entries[:limit]
         for entry in entries:
             if not entry.path.is_file():
                 raise AlignError(f"{entry.path}: no such image, but {path.name} lists it", layout)
-        ids, names = [c["id"] for c in categories], [c.get("name", str(c["id"])) for c in categories]
+        ids, names = [c["id"] for c in categories], [str(c.get("name", c["id"])) for c in categories]
         truth["annotations"] = _completed(truth["annotations"], set(ids), path, layout)
         return cls(root, split, entries, ids, names, truth, digest.hexdigest()[:16])
 
@@ -147,8 +149,8 @@ def _require_ids(ids: list[Any], kind: str, path: Path, layout: str) -> None:
     """Ids are whole numbers, each of one `kind` given once."""
     seen: set[int] = set()
     for number in ids:
-        if not isinstance(number, int):
-            raise AlignError(f"{path}: {kind} id {number!r} is not a whole number", layout)
+        if not isinstance(number, int) or abs(number) >= 2**63:
+            raise AlignError(f"{path}: {kind} id {cut(repr(number), 60)} is not a whole number", layout)
         if number in seen:
             raise AlignError(f"{path}: {kind} id {number} is given twice", "give each its own")
         seen.add(number)
@@ -162,7 +164,7 @@ def _completed(annotations: list[Any], categories: set[int], path: Path, layout:
     """
     completed = []
     for index, entry in enumerate(annotations):
-        where = f"{path}: annotation {entry['id'] if 'id' in entry else f'number {index + 1}'}"
+        where = f"{path}: annotation {cut(entry['id'], 60) if 'id' in entry else f'number {index + 1}'}"
         box, category = entry.get("bbox"), entry.get("category_id")
         if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
             raise AlignError(f"{where}: bbox is {str(box)[:60]}, not x, y, width and height in pixels", layout)

@@ -11,6 +11,9 @@ import tempfile
 import threading
 from collections.abc import Callable
 
+# OpenCV reads it once, when it is first imported: pixels of the largest picture, whose 0.8 GB it then decodes.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
+
 import cv2
 import numpy as np
 
@@ -28,9 +31,16 @@ def decode(data: np.ndarray) -> tuple[np.ndarray | None, str]:
         The image, None where there is none in it, and what a decoder said of damage, empty where all is well.
     """
     image: list[np.ndarray | None] = []
-    lines = _said_while(lambda: image.append(cv2.imdecode(data, cv2.IMREAD_COLOR)))
-    damage = [line for line in lines if line.startswith(_DAMAGE)]
-    return image[0], damage[0] if damage else ""
+
+    def work() -> None:
+        try:
+            image.append(cv2.imdecode(data, cv2.IMREAD_COLOR))
+        except cv2.error as error:  # of a picture that is larger, or says so
+            lines.append(f"OpenCV: {error.err or error}")
+
+    lines: list[str] = []
+    damage = [line for line in _said_while(work) if line.startswith(_DAMAGE)] + lines
+    return image[0] if image else None, damage[0] if damage else ""
 
 
 def _said_while(work: Callable[[], object]) -> list[str]:

@@ -6,11 +6,12 @@ TensorRT 8.6 writes ``Format/Datatype``: ``Thirty-two wide channel vectorized ro
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from alignment.reading import parse_json
 
 #: Types as the inspector calls them → one name each; the first that occurs counts.
 DATATYPES = (
@@ -124,7 +125,7 @@ def reformats(layers: list[EngineLayer]) -> int:
 
 def parse(text: str) -> list[EngineLayer]:
     """The layers in the inspector's JSON, in which TensorRT 8.6 leaves raw control characters."""
-    listed: list[dict[str, Any] | str] = dict(json.loads(text, strict=False))["Layers"]
+    listed: list[dict[str, Any] | str] = dict(parse_json(text, strict=False))["Layers"]
     return [_layer(one) for one in listed]
 
 
@@ -133,15 +134,15 @@ def _layer(listed: dict[str, Any] | str) -> EngineLayer:
         return EngineLayer(listed, "")
     fields: dict[str, Any] = {"Name": "", "LayerType": "", "Metadata": "", "Inputs": [], "Outputs": [], **listed}
     return EngineLayer(
-        name=fields["Name"],
-        kind=fields["LayerType"],
+        name=str(fields["Name"]),
+        kind=str(fields["LayerType"]),
         inputs=tuple(map(_tensor, fields["Inputs"])),
         outputs=tuple(map(_tensor, fields["Outputs"])),
         weights=_weights(fields.get("Weights")),
         bias=_weights(fields.get("Bias")),
         kernel=str(fields.get("TacticName") or fields.get("TacticValue") or ""),
         origin=str(fields.get("Origin", "")),
-        metadata=fields["Metadata"],
+        metadata=str(fields["Metadata"]),
     )
 
 

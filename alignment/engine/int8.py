@@ -16,6 +16,8 @@ from alignment.errors import AlignError
 CalibratorKind = Literal["entropy2", "minmax", "legacy"]
 #: Quantile of the legacy calibrator, its percentile: TensorRT has no other one.
 LEGACY_QUANTILE = 0.9999
+#: The largest scale of which float32 has 127.
+_LARGEST = float(np.finfo(np.float32).max) / 128
 #: What a calibration cache calls the algorithm that made it.
 ALGORITHMS: dict[CalibratorKind, str] = {
     "entropy2": "EntropyCalibration2",
@@ -58,27 +60,41 @@ def write_cache(amax: Mapping[str, float], version: str, kind: CalibratorKind = 
     return "\n".join(lines) + "\n"
 
 
-def read_cache(text: str) -> dict[str, float]:
-    """The scale of each tensor in a TensorRT calibration cache.  Raises AlignError for what is none."""
+def read_cache(text: str, origin: object = "calibration cache") -> dict[str, float]:
+    """The scale of each tensor in a TensorRT calibration cache.
+
+    Args:
+        text: of the cache.
+        origin: where it is from, for errors.
+
+    Raises:
+        AlignError: for what is none.
+    """
     first, *lines = text.splitlines() or [""]
     if not _FIRST.fullmatch(first):
-        raise AlignError(f"not a TensorRT calibration cache: it begins with {first[:40]!r}", "give the file it wrote")
+        what = f"{origin}: not a TensorRT calibration cache: it begins with {first[:40]!r}"
+        raise AlignError(what, "give the file it wrote")
     found = {}
     for line in filter(None, lines):
         name, _, digits = line.rpartition(": ")
         try:
             (found[name],) = struct.unpack(">f", bytes.fromhex(digits))
         except (ValueError, struct.error):
-            raise AlignError(f"calibration cache: no scale in the line {line[:80]!r}", "calibrate anew") from None
+            found[name] = -1.0
+        if not 0 <= found[name] <= _LARGEST:
+            raise AlignError(f"{origin}: no scale in the line {line[:80]!r}", "calibrate anew")
     return found
 
 
-def ranges_in_cache(text: str) -> dict[str, float]:
+def ranges_in_cache(text: str, origin: object = "calibration cache") -> dict[str, float]:
     """The largest magnitude of each tensor, 127 × its scale, in a TensorRT calibration cache; without those of 0.
 
-    Raises AlignError for what is none.
+    Arguments and errors as of `read_cache`.
     """
-    return {name: float(np.float32(scale) * np.float32(127)) for name, scale in read_cache(text).items() if scale > 0}
+    scales = read_cache(text, origin)
+    if not scales:
+        raise AlignError(f"{origin}: a calibration cache of no tensor", "calibrate anew")
+    return {name: float(np.float32(scale) * np.float32(127)) for name, scale in scales.items() if scale > 0}
 
 
 def set_ranges(network: Any, amax: Mapping[str, float], ability: Capabilities) -> list[str]:

@@ -67,7 +67,10 @@ class NodeByNode:
         from alignment.runners.onnxruntime import OnnxRuntimeRunner
 
         with _file(mark_outputs(model, list(marked)) if marked else model) as path:
-            return OnnxRuntimeRunner(path, optimize=False).run(images)
+            try:
+                return OnnxRuntimeRunner(path, optimize=False).run(images)
+            except AlignError as error:  # names a file that nobody will find
+                raise AlignError(error.what.replace(str(path), "QDQ graph"), error.mend) from None
 
     def layers(self, model: ModelProto, marked: Sequence[str] = ()) -> list[str]:
         """See `QdqBackend`."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import onnx
+from onnx import numpy_helper
 
 from alignment import __version__
 from alignment.cache import Key, kept
@@ -21,6 +23,9 @@ from alignment.variant import OnnxSource, Variant
 
 INPUT = "images"
 OPSETS = range(13, 18)
+#: Of one tensor.
+MOST_ELEMENTS = 2**28
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 #: Of bare ONNX files.
 OLDEST_OPSET = 11
 
@@ -129,7 +134,7 @@ def export(variant: Variant, folder: Path, options: ExportOptions, stem: str | N
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, temporary)
         with writing(node_map_path(path)) as beside:
-            beside.write_text(json.dumps(node_map, indent=1) + "\n")
+            beside.write_text(json.dumps(node_map, indent=1) + "\n", encoding="utf-8")
     return ExportedModel(path, node_map_path(path))
 
 
@@ -151,6 +156,8 @@ def check_onnx(path: Path, plugin: bool = False) -> onnx.ModelProto:
         # Before the checker, which of an old opset says only that some node has too many inputs.
         opset = _opset(model, path)
         onnx.checker.check_model(model)
+        _require_values(model.graph)
+        _require_room(model)
     except AlignError:
         raise
     except Exception as error:  # protobuf and checker have error types of their own
@@ -160,10 +167,42 @@ def check_onnx(path: Path, plugin: bool = False) -> onnx.ModelProto:
     return model
 
 
+def _require_values(graph: onnx.GraphProto) -> None:
+    """Raises ValueError for a tensor that does not hold what its type and shape say; the checker looks at few."""
+    for tensor in graph.initializer:
+        try:
+            numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise ValueError(f"tensor {tensor.name}: {error}") from None
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                numpy_helper.to_array(attribute.t)
+            for inner in (attribute.g, *attribute.graphs) if attribute.type in _GRAPHS else ():
+                _require_values(inner)
+
+
+def _require_room(model: onnx.ModelProto) -> None:
+    """Raises ValueError for a tensor, of a shape that follows from the graph alone, that is larger than any has use of.
+
+    The checker and ONNX Runtime would go as far as memory goes.
+    """
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception:  # of what cannot be inferred nothing is known
+        return
+    for value in inferred.value_info:
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if min(sizes, default=0) > 0 and math.prod(sizes) > MOST_ELEMENTS:
+            raise ValueError(f"tensor {value.name} of shape {sizes} takes more than {MOST_ELEMENTS >> 28} GB")
+
+
 def _opset(model: onnx.ModelProto, path: Path) -> int:
     """The opset of a graph with nodes, where it is one that can be used here."""
     if not model.graph.node:
         raise AlignError(f"{path}: holds no nodes", "export it again")
+    if not model.graph.output:
+        raise AlignError(f"{path}: has no outputs", "export it again")
     opset: int = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     newest = onnx.defs.onnx_opset_version()
     if opset < OLDEST_OPSET:

@@ -37,7 +37,7 @@ def comparable_images(case: CaseResult, run: Alignment, before: CaseResult, base
     """Why rates of two runs cannot be compared; empty where they stand on the same images, as far as both tell."""
     if case.images != before.images:
         return f"{case.images} images, {before.images} in the baseline"
-    prints = [one.dataset.get(case.case.variant, {}).get("fingerprint") for one in (run, baseline)]
+    prints = [one.dataset_of(case.case.variant).get("fingerprint") for one in (run, baseline)]
     if None not in prints and prints[0] != prints[1]:
         return f"images {prints[0]}, in the baseline {prints[1]}"
     return ""

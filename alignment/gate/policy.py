@@ -6,10 +6,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from alignment.errors import AlignError
+from alignment.reading import checked, read_yaml
 from alignment.results import CaseId
 
 PACKAGED = Path(__file__).with_name("policy.yaml")
@@ -117,14 +116,5 @@ def load_policy(path: Path | None = None) -> Policy:
 
 def _read(path: Path) -> Policy:
     mend = f"write it as {PACKAGED} is written, or see `align gate --print-policy`"
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Policy.model_validate({} if fields is None else fields)
-    except OSError as error:
-        raise AlignError(f"{path}: {error.strerror}", "give a policy file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AlignError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}", mend) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "policy"
-        raise AlignError(f"{path}: {place}: {first['msg']}", mend) from None
+    fields = read_yaml(path, "give a policy file", mend)
+    return checked(Policy, {} if fields is None else fields, path, mend, whole="policy")

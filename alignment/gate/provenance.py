@@ -83,7 +83,7 @@ def _papers(case: CaseResult, run: Alignment) -> dict[str, Any]:
         for k, v in _flat(case.reference_provenance).items()
         if k not in own
     }
-    dataset = run.dataset.get(case.case.variant, {})
+    dataset = run.dataset_of(case.case.variant)
     given = {f"dataset.{key}": dataset[key] for key in ("fingerprint", "split") if key in dataset}
     return {**own, **reference, **given, "dataset.images": case.images, "replayed": case.replayed}
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from alignment.reading import read_model
 from alignment.results import StageName
-from alignment.storage import read_model
 
 SCHEMA_VERSION = 1
 #: ``golden``: a case fails its golden values; ``policy``: a limit of the policy; ``regression`` and ``improvement``:

@@ -28,7 +28,7 @@ def read_runs(paths: list[Path]) -> Alignment:
                 raise AlignError(f"{path}: {kind} {name} is in {held[kind, name]} too", MEND)
             held[kind, name] = path
         for variant in {case.case.variant for case in part.cases if case.status != "skip"}:
-            found = part.dataset.get(variant, {}).get("fingerprint")
+            found = part.dataset_of(variant).get("fingerprint")
             other, known = prints.setdefault(variant, (path, found))
             if found != known:
                 raise AlignError(f"{path}: {variant} was run on images {found}, in {other} on {known}", MEND)

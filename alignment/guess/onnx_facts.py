@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from alignment.errors import AlignError
 from alignment.export.onnx_export import check_onnx
@@ -168,7 +168,8 @@ def _input(facts: OnnxFacts) -> tuple[int, ...]:
 
 
 def _type(value: onnx.ValueInfoProto) -> str:
-    return helper.tensor_dtype_to_string(value.type.tensor_type.elem_type).removeprefix("TensorProto.")
+    kind = value.type.tensor_type.elem_type
+    return onnx.TensorProto.DataType.Name(kind) if kind in onnx.TensorProto.DataType.values() else f"type {kind}"
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:

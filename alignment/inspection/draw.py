@@ -14,6 +14,7 @@ from itertools import takewhile
 from alignment.inspection.engine_graph import EngineGraph
 from alignment.inspection.findings import Finding, find
 from alignment.inspection.saved import Inspection
+from alignment.report.junit import NOT_XML
 
 WIDTH, HEIGHT, PITCH, GAP, MARGIN, TOP = 240, 40, 62, 14, 24, 92
 LINE = 34  # monospaced characters that fit into a box
@@ -58,10 +59,12 @@ def draw(engines: Sequence[Inspection]) -> str:
         left += max(lane.width, 7.5 * len(lane.title)) + 2 * MARGIN
     width = max(left, 900.0)
     height = TOP + PITCH * (max(rows.values(), default=0) + 1) + MARGIN
-    return (
+    # Names may hold anything, control characters of a terminal too.
+    return NOT_XML.sub(
+        "\ufffd",
         f'<svg xmlns="http://www.w3.org/2000/svg" class="engine-graph" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}"><style>{STYLE}</style>'
-        f'<rect class="paper" width="100%" height="100%"/>{_legend(slowest)}{"".join(parts)}</svg>\n'
+        f'<rect class="paper" width="100%" height="100%"/>{_legend(slowest)}{"".join(parts)}</svg>\n',
     )
 
 

@@ -55,12 +55,12 @@ class NodeGraph:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> NodeGraph:
         """What `to_json` made."""
-        tensors = fields["tensors"]
+        tensors = [str(name) for name in fields["tensors"]]
 
         def named(places: Iterable[int]) -> tuple[str, ...]:
             return tuple(tensors[place] for place in places)
 
-        nodes = (Node(name, op, named(inputs), named(outputs)) for name, op, inputs, outputs in fields["nodes"])
+        nodes = (Node(str(name), str(op), named(ins), named(outs)) for name, op, ins, outs in fields["nodes"])
         return cls(tuple(nodes), named(fields["inputs"]), named(fields["outputs"]))
 
     def to_json(self) -> dict[str, Any]:

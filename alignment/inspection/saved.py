@@ -13,6 +13,7 @@ from alignment.engine.inspect import parse
 from alignment.errors import AlignError
 from alignment.inspection.engine_graph import EngineGraph
 from alignment.inspection.node_graph import NodeGraph
+from alignment.reading import cut, parse_json, read_text, require_plain
 from alignment.storage import writing
 
 FORMAT = 1
@@ -77,19 +78,18 @@ def load_inspection(path: Path, graph: NodeGraph | None = None) -> Inspection:
     Raises:
         AlignError: for a file that is neither.
     """
+    text = read_text(path, MEND, MEND, "not JSON")
     try:
-        text = path.read_text(encoding="utf-8")
-        fields = json.loads(text, strict=False)
-    except OSError as error:
-        raise AlignError(f"{path}: {error.strerror}", MEND) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AlignError(f"{path}: not JSON: {error}", MEND) from None
+        fields = parse_json(text, strict=False)
+    except ValueError as error:
+        raise AlignError(f"{path}: not JSON: {cut(error)}", MEND) from None
     try:
+        require_plain(fields)
         found = _plain(path.stem, text, fields) if "Layers" in fields else _saved(fields)
         if not found.engine_graph.layers:
             raise AlignError(f"{path}: no layer in it", MEND)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AlignError(f"{path}: no inspected engine: {type(error).__name__}: {error}", MEND) from None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise AlignError(f"{path}: no inspected engine: {cut(f'{type(error).__name__}: {error}')}", MEND) from None
     if graph is None or found.graph.nodes:
         return found
     return Inspection(found.name, found.text, found.times, graph, graph.wanted_int8, {}, found.provenance)
@@ -109,7 +109,7 @@ def _saved(fields: Mapping[str, Any]) -> Inspection:
         str(fields["inspector"]),
         {str(name): float(value) for name, value in fields["times"].items()},
         NodeGraph.from_json(fields["graph"]),
-        tuple(fields["wanted"]),
-        dict(fields["kept"]),
+        tuple(map(str, fields["wanted"])),
+        {str(node): str(why) for node, why in fields["kept"].items()},
         dict(fields["provenance"]),
     )

@@ -6,6 +6,7 @@ The statistics are those of all methods: which of them turns a tensor's values i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from alignment.layers import mark_outputs
 from alignment.quantize.observers import amax_of
 from alignment.quantize.sharing import shared
 from alignment.quantize.statistics import Statistics
-from alignment.runners.onnxruntime import open_session
+from alignment.reading import cut, read_arrays
+from alignment.runners.onnxruntime import cannot_run, open_session
 from alignment.storage import locked, writing
 
 #: Images between two writes of what was seen so far.
@@ -31,6 +33,8 @@ SAVE_EVERY = 32
 #: Raise it when `Statistics` come to hold something else, or files to be laid out in another way.
 STATISTICS = 3
 _THREADS = 2
+#: Elements of a tensor for which memory is kept.
+_KEPT = 2**28
 
 
 @dataclass
@@ -72,9 +76,9 @@ class Calibration:
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """Reads what `save` wrote.  Raises AlignError for a file that is missing, truncated or something else."""
+        again = "delete it, and calibrate anew"
         try:
-            with np.load(path) as file:
-                arrays = dict(file)
+            arrays = read_arrays(path, again, again, "not a calibration")
             about = json.loads(arrays.pop("about").tobytes())
             parts: dict[str, list[np.ndarray]] = {
                 key: np.split(array, np.cumsum(arrays[f"{key}/lengths"])[:-1])
@@ -86,11 +90,10 @@ class Calibration:
                 for index, name in enumerate(about["tensors"])
             }
             return cls(about["identity"], int(about["images"]), tensors)
-        except OSError as error:
-            raise AlignError(f"{path}: {error.strerror or error}", "delete it, and calibrate anew") from None
-        except Exception as error:  # zip, zlib, NumPy and JSON each have their own
-            reason = " ".join(str(error).split())[:120]
-            raise AlignError(f"{path}: not a calibration: {reason}", "delete it, and calibrate anew") from None
+        except AlignError:
+            raise
+        except Exception as error:  # NumPy and JSON each have their own
+            raise AlignError(f"{path}: not a calibration: {cut(error)}", again) from None
 
     def require(self, identity: dict[str, Any], path: Path) -> None:
         """Raises AlignError naming what is no longer as it was when `path` was written."""
@@ -237,7 +240,7 @@ class _Observed:
 
     def __init__(self, graph: onnx.ModelProto, names: list[str], path: Path) -> None:
         self.image, *self.others = names
-        self._graph = graph
+        self._graph, self._path = graph, path
         # Threads that spin while they wait would take the processor from those that have work: ours, and others' on a
         # machine that is shared.
         self._session = open_session(mark_outputs(graph, self.others), path, spin=False)
@@ -249,7 +252,9 @@ class _Observed:
         if batch.shape != self._shape:
             self._shape, self._kept = batch.shape, {}
             shapes = shapes_of(self._graph, self.others, batch.shape)
-            self._kept = {name: np.empty(shapes[name], np.float32) for name in self.others if name in shapes}
+            self._kept = {
+                name: np.empty(shape, np.float32) for name, shape in shapes.items() if math.prod(shape) < _KEPT
+            }
         binding = self._session.io_binding()
         binding.bind_cpu_input(self.image, batch)
         for name in self.others:
@@ -258,7 +263,10 @@ class _Observed:
                 binding.bind_output(name)
             else:
                 binding.bind_output(name, "cpu", 0, np.float32, kept.shape, kept.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime has one exception type for each status code
+            raise cannot_run(self._path, batch.shape, error) from None
         found = zip(self.others, binding.get_outputs(), strict=True)
         values = {name: self._kept[name] if name in self._kept else value.numpy() for name, value in found}
         return {self.image: batch, **values}
@@ -285,6 +293,6 @@ def shapes_of(graph: onnx.ModelProto, names: list[str], batch: tuple[int, ...]) 
     for value in (*inferred.value_info, *inferred.output, *inferred.input):
         tensor = value.type.tensor_type
         dims = tuple(dim.dim_value for dim in tensor.shape.dim)
-        if tensor.HasField("shape") and all(dims):
+        if tensor.HasField("shape") and all(dim > 0 for dim in dims):
             found[value.name] = dims
     return {name: found[name] for name in names if name in found}

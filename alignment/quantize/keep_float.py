@@ -8,11 +8,11 @@ from typing import Any
 
 import onnx
 import yaml
-from pydantic import ValidationError
 
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.onnx_head import Strict
+from alignment.reading import checked, read_yaml
 from alignment.storage import writing
 from alignment.variant import Quantization
 
@@ -84,16 +84,7 @@ def read_keep_float(path: Path, graph: Path) -> KeepFloat:
     Raises:
         AlignError: for a file that is not there or not of this form, or was made for another graph.
     """
-    try:
-        found = KeepFloat.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise AlignError(f"{path}: {error.strerror}", f"give the path of a keep_float.yaml, or {MEND}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AlignError(f"{path}: not YAML: {' '.join(str(error).split())}", MEND) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "file"
-        raise AlignError(f"{path}: {place}: {first['msg']}", MEND) from None
+    found = checked(KeepFloat, read_yaml(path, f"give the path of a keep_float.yaml, or {MEND}", MEND), path, MEND)
     digest = file_digest(graph)
     if found.graph_sha256 != digest:
         what = f"{path}: made for {found.variant}'s graph {found.graph_sha256[:12]}, but {graph} is {digest[:12]}"

@@ -216,5 +216,5 @@ def _ranking(candidates: Candidates, sensitivity: Sensitivity, metric: str) -> l
 def _require_same(candidates: Candidates, sensitivity: Sensitivity) -> None:
     ours, theirs = file_digest(candidates.source), sensitivity.identity.get("reference_sha256")
     if theirs != ours:
-        what = f"the ranking is of {sensitivity.variant}'s graph {str(theirs)[:12]}, this one is {ours[:12]}"
+        what = f"--ranking: the ranking is of {sensitivity.variant}'s graph {str(theirs)[:12]}, this one is {ours[:12]}"
         raise AlignError(what, "make it anew with `align sensitivity`")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from alignment.storage import read_model
+from alignment.reading import read_model
 
 if TYPE_CHECKING:
     from alignment.quantize.scoring import Score

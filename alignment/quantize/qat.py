@@ -19,10 +19,8 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import random
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -166,6 +164,8 @@ class _Watch(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         assert self.found is not None
         checkpoint["qat"] = {"identity": self.identity, **asdict(self.found)}
+        # Log buffers are objects.  Without them a checkpoint is read as tensors and plain values, and never run.
+        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self.found = Progressed(**{name: value for name, value in checkpoint["qat"].items() if name != "identity"})
@@ -174,7 +174,7 @@ class _Watch(Hook):
 def _require_begun_alike(path: Path, identity: str) -> None:
     """Raises AlignError for a checkpoint of another start or other options, or what is none."""
     try:
-        begun = torch.load(path, map_location="cpu", weights_only=False)["qat"]["identity"]
+        begun = torch.load(path, map_location="cpu", weights_only=True)["qat"]["identity"]
     except Exception as error:  # whatever unpickling raises
         raise AlignError(f"{path}: no checkpoint of align qat: {type(error).__name__}", "delete it") from None
     if begun != identity:
@@ -229,14 +229,10 @@ def _undisturbed() -> Iterator[None]:
     """What the Runner sets for the whole process is put back: seeds, determinism, threads of OpenCV."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), cv2.getNumThreads()
-    trust = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    # The Runner resumes from checkpoints that it wrote itself; they hold more than tensors.
-    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     logging.getLogger("mmengine").setLevel(logging.ERROR)
     try:
-        # pycocotools prints, and torch warns of that variable.
-        with contextlib.redirect_stdout(None), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Environment variable TORCH_FORCE")
+        # pycocotools prints.
+        with contextlib.redirect_stdout(None):
             yield
     finally:
         random.setstate(states[0])
@@ -244,8 +240,6 @@ def _undisturbed() -> Iterator[None]:
         torch.set_rng_state(states[2])
         torch.use_deterministic_algorithms(deterministic)
         cv2.setNumThreads(threads)
-        if trust is None:
-            del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]
 
 
 @_undisturbed()

@@ -27,6 +27,7 @@ from alignment.quantize.observers import fake_quantize, scale_of, weight_amax
 from alignment.quantize.placement import Placement, place
 from alignment.quantize.qdq import group_amax, write_qdq
 from alignment.quantize.trained import Trained
+from alignment.reading import read_arrays
 from alignment.storage import writing
 from alignment.variant import Quantization, Variant
 
@@ -166,12 +167,14 @@ def quantize(
     recipe = variant.quantization
     source = _with_scales_of_channels(refuse_plugin(exported(variant).onnx, "no int8 here"), variant.name)
     trained = None if recipe.trained is None else Trained.load(recipe.trained, variant)
-    if trained is not None:
+    if recipe.trained is not None and trained is not None:
         if ranges is not None:
             raise AlignError(
                 f"{recipe.trained}: scales that were trained, and ranges of another tool", "give one of them"
             )
-        model = with_weights(onnx.load(source), trained.weights, trained.biases)
+        model = onnx.load(source)
+        trained.require_fitting(model, recipe.trained)
+        model = with_weights(model, trained.weights, trained.biases)
         source = graph_file(model, f"{variant.name}.trained")
     elif recipe.equalization:
         source = graph_file(equalize(onnx.load(source))[0], f"{variant.name}.equalized")
@@ -266,18 +269,22 @@ def _improved(
         with writing(folder / _WEIGHTS) as file, file.open("wb") as opened:
             np.savez_compressed(opened, units=np.array(json.dumps(units)), **arrays)  # type: ignore[arg-type]
 
-    # Units are files, each read or made anew: no unfinished work is refused.
-    with resumable(_weights_key(variant, found, device), lambda folder: None) as folder:
+    def read(folder: Path) -> dict[str, np.ndarray]:
+        again = "delete it: it is made anew"
+        return read_arrays(folder / _WEIGHTS, again, again, "no weights that were searched for")
+
+    # Of unfinished work each unit is a file, read or made anew.
+    key = _weights_key(variant, found, device)
+    with resumable(key, lambda folder: (folder / _WEIGHTS).exists() and read(folder)) as folder:
         if not (folder / _WEIGHTS).is_file():
             search(folder)
         shutil.rmtree(folder / _UNITS, ignore_errors=True)
-        with np.load(folder / _WEIGHTS) as stored:
-            improved = dict(stored)
+        improved = read(folder)
     parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "biases": {}}
     for name, array in improved.items():
-        kind, _, key = name.partition("/")
-        if key:
-            parts[kind][key] = array
+        kind, _, initializer = name.partition("/")
+        if initializer:
+            parts[kind][initializer] = array
     model = with_weights(onnx.load(found.source), parts["weights"], parts["biases"])
     return replace(
         found,
@@ -322,7 +329,8 @@ def apply(
     placement = place(model, recipe.policy, recipe.keep_float)
     amax = calibration.amax(recipe.method)
     if ranges is not None and not amax.keys() & ranges.keys():
-        raise AlignError(f"{source}: none of its tensors is among the {len(ranges)} ranges", "give those of this model")
+        what = f"{source}: none of its tensors is among the {len(ranges)} ranges"
+        raise AlignError(what, "give --ranges of this model")
     amax |= {name: value for name, value in (ranges or {}).items() if name in amax}
     amax |= group_amax(placement, amax)
     scales = {q.tensor: scale_of(amax[q.tensor]) for q in placement.activations}

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from alignment.errors import AlignError
-from alignment.storage import read_model, writing
+from alignment.reading import read_model
+from alignment.storage import writing
 
 Mode = Literal["quantize-one", "leave-one-out"]
 Part = Literal["both", "weights", "activations"]
@@ -96,6 +97,15 @@ class Sensitivity(_Frozen):
     images: int
     baseline: dict[str, float]
     layers: tuple[LayerSensitivity, ...] = ()
+
+    @field_validator("layers")
+    @classmethod
+    def _alike(cls, layers: tuple[LayerSensitivity, ...]) -> tuple[LayerSensitivity, ...]:
+        if len({frozenset(layer.metrics) for layer in layers}) > 1:
+            raise ValueError("not all of them have the same metrics")
+        if len({layer.node for layer in layers}) < len(layers):
+            raise ValueError("one of them is there twice")
+        return layers
 
     def ranking(self, metric: str) -> list[str]:
         """Node names, the most sensitive first; those that are alike in the order of the graph.

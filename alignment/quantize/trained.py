@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.quantize.placement import Placement
+from alignment.reading import cut, read_arrays
 from alignment.storage import writing
 from alignment.variant import Variant
 
 _MEND = "train it again with `align qat`"
+_LIMITS = np.finfo(np.float32)
 _PARTS = ("weights", "biases", "scales", "weight_scales")
 
 
@@ -54,21 +55,37 @@ class Trained:
             AlignError: for a file that is not there or not of this form, or was made for another network.
         """
         parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+        stored = read_arrays(path, f"give the path of a .qat.npz, or {_MEND}", _MEND, "not a file of align qat")
         try:
-            with np.load(path) as stored:
-                identity = json.loads(str(stored["identity"]))
-                for key in stored.files:
-                    part, _, name = key.partition("/")
-                    if name:
-                        parts[part][name] = stored[key]
-        except OSError as error:
-            raise AlignError(f"{path}: {error.strerror or error}", f"give the path of a .qat.npz, or {_MEND}") from None
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise AlignError(f"{path}: not a file of align qat: {error}", _MEND) from None
+            identity = json.loads(str(stored.pop("identity")))
+            for key, array in stored.items():
+                part, _, name = key.partition("/")
+                if array.dtype != np.float32 or not np.isfinite(array).all():
+                    raise ValueError(f"{key} is not of finite float32")
+                if "scales" in part and not ((array >= _LIMITS.tiny) & (array <= _LIMITS.max / 256)).all():
+                    raise ValueError(f"{key} holds a scale that int8 cannot have")
+                parts[part][name] = np.float32(array.item()) if part == "scales" else array
+        except (KeyError, ValueError) as error:
+            raise AlignError(f"{path}: not a file of align qat: {cut(error)}", _MEND) from None
         if identity != identity_of(variant):
             raise AlignError(f"{path}: trained for another network than {variant.name}", _MEND)
-        parts["scales"] = {name: np.float32(scale) for name, scale in parts["scales"].items()}
         return cls(**parts, identity=identity)
+
+    def require_fitting(self, model: onnx.ModelProto, path: Path) -> None:
+        """Raises AlignError where a graph has not what these weights and biases are for, or has it in another shape."""
+        shapes = {weight.name: tuple(weight.dims) for weight in model.graph.initializer}
+        channels = {node.name: shapes.get(node.input[1]) for node in model.graph.node if len(node.input) > 1}
+        for name, weight in self.weights.items():
+            if shapes.get(name) != weight.shape:
+                has = shapes.get(name, "none of that name")
+                raise AlignError(f"{path}: weights {cut(name, 60)} are {weight.shape}, the graph has {has}", _MEND)
+        for name, scales in self.weight_scales.items():
+            if scales.ndim != 1 or len(scales) not in shapes.get(name, ()):
+                raise AlignError(f"{path}: scales of {cut(name, 60)} are {scales.shape}, of {shapes.get(name)}", _MEND)
+        for name, bias in self.biases.items():
+            of = channels.get(name) or ()
+            if bias.ndim != 1 or len(bias) not in of:
+                raise AlignError(f"{path}: biases {cut(name, 60)} are {bias.shape}, of weights {of}", _MEND)
 
     def require_placed(self, placement: Placement, path: Path) -> None:
         """Raises AlignError when these scales are not those of a placement."""

@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element, SubElement
 from alignment.results import Alignment, CaseResult, Explanation
 
 #: What XML 1.0 has no place for.
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def to_junit(alignment: Alignment) -> str:
@@ -70,4 +70,4 @@ def _seconds(value: float) -> str:
 
 
 def _text(text: str) -> str:
-    return _NOT_XML.sub("\ufffd", text)
+    return NOT_XML.sub("\ufffd", text)

@@ -57,8 +57,8 @@ def draw_pareto(path: Path, title: str, points: Sequence[Point], chosen: Point, 
 
     timed = [point for point in points if point.latency_ms is not None]
     panels = [*((panel, points) for panel in PANELS), *([(TIMED, timed)] if timed else [])]
-    # One file for one result: no date in it, no names drawn by lot.
-    with matplotlib.rc_context({"svg.hashsalt": "alignment", "svg.fonttype": "none"}):
+    # One file for one result: no date in it, no names drawn by lot, and none read as a formula.
+    with matplotlib.rc_context({"svg.hashsalt": "alignment", "svg.fonttype": "none", "text.parse_math": False}):
         figure = Figure(figsize=(5.5 * len(panels), 5), layout="constrained")
         figure.suptitle(title)
         for place, (panel, shown) in enumerate(panels, 1):

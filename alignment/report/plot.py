@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from markupsafe import Markup
@@ -19,6 +19,7 @@ ROW = 21  # height of a row of a dot plot
 APART = 4  # by so much the series of a dot plot are moved against each other
 HEIGHT = 250  # of the plane of a scatter plot
 LEFT = 48  # of a scatter plot, for the ticks of y
+_FAR = 1e100  # of numbers, beyond which none is drawn
 CHARACTER = 7.2  # pixels of a character of the labels, about, where they are largest
 #: Marks by name, of about the same area, around 0, 0.
 MARKS = {
@@ -62,6 +63,7 @@ class Series:
 
 def dots(title: str, rows: Sequence[str], series: Sequence[Series]) -> Markup:
     """A dot plot: a labelled row for each step, a mark for each series at its value; `Mark.y` is the row's place."""
+    series = list(map(_finite, series))
     values = [mark.x for one in series for mark in one.values]
     across = _Scale(values, LABELS, WIDTH - MARGIN)
     top, bottom = 24, 24 + ROW * len(rows)
@@ -82,6 +84,7 @@ def dots(title: str, rows: Sequence[str], series: Sequence[Series]) -> Markup:
 
 def scatter(title: str, x: str, y: str, series: Sequence[Series]) -> Markup:
     """A scatter plot with named axes."""
+    series = list(map(_finite, series))
     values = [mark for one in series for mark in one.values]
     across = _Scale([mark.x for mark in values], LEFT, WIDTH - MARGIN)
     up = _Scale([mark.y for mark in values], 24 + HEIGHT, 24)
@@ -109,12 +112,18 @@ def key(series: Sequence[Series]) -> Markup:
     return Markup(f'<p class="legend">{"".join(parts)}</p>')
 
 
+def _finite(one: Series) -> Series:
+    return replace(one, values=[mark for mark in one.values if abs(mark.x) <= _FAR and abs(mark.y) <= _FAR])
+
+
 class _Scale:
     """Values to pixels, with ticks at round numbers; a little wider than what it holds."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
-        low, high = min(values, default=0.0), max(values, default=1.0)
-        spread = (high - low) or abs(high) or 1.0
+        within = [min(max(value, -_FAR), _FAR) for value in values]
+        low, high = min(within, default=0.0), max(within, default=1.0)
+        spread = max(high - low, 1e-9 * abs(high)) or 1.0
+        spread = max(spread, 1 / _FAR)
         low, high = low - 0.05 * spread, high + 0.05 * spread
         step = 10 ** math.floor(math.log10((high - low) / 4))
         step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from alignment.errors import AlignError
 from alignment.quantize.sensitivity import METRICS, Sensitivity
@@ -28,8 +29,9 @@ def draw_ranking(found: Sensitivity, metric: str, path: Path) -> None:
         raise AlignError("--plot: matplotlib is not installed", "pip install matplotlib") from None
     layers = {layer.node: layer for layer in found.layers}
     most = max(layer.macs for layer in found.layers) or 1
-    # The same numbers make the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "alignment", "svg.fonttype": "none", "font.size": 8}):
+    # The same numbers make the same file; names are no formulas.
+    style: Any = {"svg.hashsalt": "alignment", "svg.fonttype": "none", "font.size": 8, "text.parse_math": False}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(10, 1 + 0.22 * len(ranking)), layout="constrained")
         axes = figure.add_subplot()
         shades = [matplotlib.colormaps["Blues"](0.3 + 0.7 * layers[node].macs / most) for node in ranking]

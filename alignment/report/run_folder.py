@@ -7,13 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from alignment.errors import AlignError
+from alignment.reading import checked, cut, read_json
 from alignment.report.junit import to_junit
 from alignment.results import SCHEMA_VERSION, Alignment, CaseResult, Explanation, Ladder
-from alignment.storage import writing
+from alignment.storage import write_text
 
 RESULTS = "alignment.json"
 REPORT = "report.html"
@@ -35,12 +36,9 @@ def write_run(alignment: Alignment, folder: Path) -> None:
     from alignment.report.gather import beside
     from alignment.report.html import render
 
-    with writing(folder / RESULTS) as file:
-        file.write_text(to_json(alignment), encoding="utf-8")
-    with writing(folder / REPORT) as file:
-        file.write_text(render(beside(alignment, folder)), encoding="utf-8")
-    with writing(folder / JUNIT) as file:
-        file.write_text(to_junit(alignment), encoding="utf-8")
+    write_text(folder / RESULTS, to_json(alignment))
+    write_text(folder / REPORT, render(beside(alignment, folder)))
+    write_text(folder / JUNIT, to_junit(alignment))
 
 
 def to_json(result: BaseModel) -> str:
@@ -56,31 +54,17 @@ def read_run(run: Path) -> Alignment:
         AlignError: ``alignment.json`` is missing, not JSON, of another schema version, or not as the schema has it.
     """
     path = run if run.is_file() else run / RESULTS
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AlignError(
-            f"{path} does not exist", f"name the folder of a finished run, which holds {RESULTS}"
-        ) from None
-    except OSError as error:
-        raise AlignError(f"{path} cannot be read ({error.strerror})", "name the folder of a finished run") from error
-    except ValueError as error:
-        raise AlignError(f"{path} is not JSON ({error})", "run again: the file is damaged") from error
+    if not path.exists():
+        raise AlignError(f"{path} does not exist", f"name the folder of a finished run, which holds {RESULTS}")
+    content = read_json(path, "name the folder of a finished run", "run again: the file is damaged")
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
-        found = "no schema_version" if version is None else f"schema_version {version!r}"
+        found = "no schema_version" if version is None else f"schema_version {cut(repr(version), 40)}"
         raise AlignError(
             f"{path} has {found}, this version of alignment reads {SCHEMA_VERSION}",
             "read it with the version that wrote it, or run again",
         )
-    try:
-        return Alignment.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise AlignError(
-            f"{path}: {place}: {first['msg']}", "run again, or update alignment if a newer version wrote the file"
-        ) from error
+    return checked(Alignment, content, path, "run again, or update alignment if a newer version wrote the file")
 
 
 def merge(parts: list[Alignment]) -> Alignment:

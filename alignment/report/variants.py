@@ -100,7 +100,7 @@ def parts(found: Gathered) -> list[VariantPart]:
     by_name: dict[str, VariantPart] = {}
 
     def part(name: str) -> VariantPart:
-        return by_name.setdefault(name, VariantPart(name, dataset=alignment.dataset.get(name)))
+        return by_name.setdefault(name, VariantPart(name, dataset=alignment.dataset_of(name)))
 
     for case in sorted(alignment.cases, key=order):
         part(case.case.variant).cases.append(case)

@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from alignment.errors import AlignError
+from alignment.reading import cut
 from alignment.runners.base import Runner, filled, in_pieces
 
 
@@ -34,17 +35,19 @@ class OnnxEvaluator(Runner):
         AlignError: for an operator that it does not know.
     """
 
-    def __init__(self, model: Path | onnx.ModelProto, dtype: Literal["float32", "float64"] = "float64") -> None:
+    def __init__(
+        self, model: Path | onnx.ModelProto, dtype: Literal["float32", "float64"] = "float64", name: object = ""
+    ) -> None:
         import torch
 
-        self._dtype = np.dtype(dtype)
+        self._dtype, self._name = np.dtype(dtype), model if isinstance(model, Path) else name
         graph = onnx.load(model) if isinstance(model, Path) else model
         if dtype == "float64":
             graph = to_float64(graph)
         try:
             self._evaluator = ReferenceEvaluator(graph, new_ops=_fast_ops())
         except Exception as error:
-            raise _failure(self._dtype, error) from error
+            raise self._failure(error) from error
         self._input = graph.graph.input[0].name
         self.fixed_batch = _first_axis(graph.graph.input[0])
         self._outputs = [output.name for output in graph.graph.output]
@@ -76,13 +79,13 @@ class OnnxEvaluator(Runner):
         try:
             return self._evaluator.run(None, {self._input: images.astype(self._dtype)}, intermediate=every)
         except Exception as error:
-            raise _failure(self._dtype, error) from error
+            raise self._failure(error) from error
 
-
-def _failure(dtype: np.dtype, error: Exception) -> AlignError:
-    """One error for all those that the operators of onnx's reference evaluator have."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return AlignError(f"onnx's reference evaluator fails in {dtype}: {reason}")
+    def _failure(self, error: Exception) -> AlignError:
+        """One error for all those that the operators of onnx's reference evaluator have."""
+        where = f"{self._name}: " if self._name else ""
+        what = f"{where}onnx's reference evaluator fails in {self._dtype}: {cut(f'{type(error).__name__}: {error}')}"
+        return AlignError(what, "export it again, with other operators")
 
 
 def _first_axis(value: onnx.ValueInfoProto) -> int:

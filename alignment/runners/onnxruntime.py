@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def open_session(
     except Exception as error:  # ONNX Runtime has one exception type for each status code
         reason = " ".join(str(error).split())[:240]
         raise AlignError(f"{name}: ONNX Runtime cannot load it: {reason}", "export it again") from None
+
+
+def cannot_run(name: Path | str, shape: Sequence[int], error: Exception) -> AlignError:
+    """What to say when a session refuses images of that shape."""
+    reason = " ".join(str(error).split())
+    if len(reason) > 300:  # the node comes first, its shapes last
+        reason = f"{reason[:120]} ... {reason[-180:]}"
+    what = f"{name}: ONNX Runtime cannot run it on {list(shape)}: {reason}"
+    return AlignError(what, "export it for this batch and size, or mend `input` in the variant's YAML or --batch")
 
 
 class OnnxRuntimeRunner(Runner):
@@ -101,11 +111,5 @@ class OnnxRuntimeRunner(Runner):
         try:
             answers = self._session.run(self._outputs, {self._input: images})
         except Exception as error:  # as above
-            reason = " ".join(str(error).split())
-            if len(reason) > 300:  # the node comes first, its shapes last
-                reason = f"{reason[:120]} ... {reason[-180:]}"
-            raise AlignError(
-                f"{self._path}: ONNX Runtime cannot run it on {list(images.shape)}: {reason}",
-                "export it for this batch and size, or mend `input` in the variant's YAML or --batch",
-            ) from None
+            raise cannot_run(self._path, images.shape, error) from None
         return dict(zip(self._outputs, answers, strict=True))

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from alignment.case import BACKENDS, PRECISIONS, ROUTES
 from alignment.errors import AlignError
 from alignment.nms.multiclass import Detections
+from alignment.reading import cut, read_arrays, read_json
 from alignment.results import CaseResult
 from alignment.storage import writing
 
@@ -133,13 +135,15 @@ class Record:
         """
         mend = "make the record again on a machine with TensorRT: align run VARIANT --records DIR"
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(path, mend, mend, "not a whole record")
             if fields["record_version"] != RECORD_VERSION:
                 raise AlignError(f"{path}: record version {fields['record_version']}, not {RECORD_VERSION}", mend)
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
-                arrays = dict(stored)
+            arrays = read_arrays(path.with_suffix(".npz"), mend, mend, "not a whole record")
             if lost := IDENTITY - fields["identity"].keys():
                 raise ValueError(f"identity lacks {', '.join(sorted(lost))}")
+            _, backend, precision, *route = fields["case"].split("-")
+            if backend not in BACKENDS or precision not in PRECISIONS or not {*route} <= {*ROUTES} or len(route) > 1:
+                raise ValueError(f"case {cut(fields['case'], 60)} is none")
             record = cls(fields["case"], fields["identity"], {int(i): d for i, d in fields["digests"].items()})
             record.compact = fields.get("compact", False)
             record._fill(arrays, fields["steps"])
@@ -148,7 +152,7 @@ class Record:
         except AlignError:
             raise
         except Exception as error:  # zip, JSON, NumPy and pydantic each have their own
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = cut(f"{type(error).__name__}: {error}")
             raise AlignError(f"{path}: not a whole record: {reason}", mend) from None
         return record
 
@@ -163,7 +167,7 @@ class Record:
             ("detections", self.detections, Detections),
             ("candidates", self.candidates, Candidates),
         ):
-            ends = np.cumsum(arrays[f"{name}_count"])[:-1]
+            ends = _require_table(name, arrays)
             columns = {k: np.split(arrays[f"{name}_{k}"], ends) for k in ("boxes", "scores", "labels", "rows")}
             rows: list[Any] = [kind(**{k: parts[i] for k, parts in columns.items()}) for i in range(len(images))]
             table.update(zip(images, rows, strict=True))
@@ -173,6 +177,17 @@ class Record:
                 boxes = (stored * _box_steps(steps, stored)).astype(np.float32)
                 scores = (arrays[f"full_{image}_scores"] * steps["scores"]).astype(np.float32)
                 self.full[image] = boxes, scores
+        self._require_within(arrays)
+
+    def _require_within(self, arrays: dict[str, np.ndarray]) -> None:
+        """Raises ValueError for rows and labels that the network has not: a full image has all of them."""
+        shapes = {(len(boxes), *scores.shape) for boxes, scores in self.full.values()}
+        if len(shapes) > 1 or any(len(shape) != 3 or shape[0] != shape[1] for shape in shapes):
+            raise ValueError("its full images do not fit each other")
+        for rows, _, classes in shapes:
+            for name in ("detections", "candidates"):
+                if (arrays[f"{name}_rows"] >= rows).any() or (arrays[f"{name}_labels"] >= classes).any():
+                    raise ValueError(f"{name} of rows or classes that are none of {rows} and {classes}")
 
 
 def _packed(detections: list[Detections]) -> dict[str, np.ndarray]:
@@ -189,8 +204,8 @@ def _packed(detections: list[Detections]) -> dict[str, np.ndarray]:
 
 
 def _unpacked(arrays: dict[str, np.ndarray]) -> list[Detections]:
-    ends = np.cumsum(arrays["detections_count"])[:-1]
     boxes = arrays["detections_boxes"]
+    ends = _require_table("detections", {**arrays, "detections_rows": np.full(len(boxes), -1, np.int32)})
     columns = (
         (boxes * _box_steps(PACKED, boxes)).astype(np.float32),
         (arrays["detections_scores"] * PACKED["scores"]).astype(np.float32),
@@ -200,6 +215,21 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> list[Detections]:
     names = ("boxes", "scores", "labels", "rows")
     parts = zip(*(np.split(column, ends) for column in columns), strict=True)
     return [Detections(**dict(zip(names, part, strict=True))) for part in parts]
+
+
+def _require_table(name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Where the images of a table end, the last excepted.  Raises ValueError for columns that do not fit each other."""
+    counts, boxes, scores = (arrays[f"{name}_{key}"] for key in ("count", "boxes", "scores"))
+    labels, rows = arrays[f"{name}_labels"], arrays[f"{name}_rows"]
+    total = int(counts.sum()) if counts.ndim == 1 and counts.dtype.kind in "iu" and (counts >= 0).all() else -1
+    if boxes.ndim != 2 or boxes.shape[1] not in (4, 5) or boxes.dtype.kind not in "fi":
+        raise ValueError(f"{name} with boxes of {boxes.dtype} {boxes.shape}")
+    if not {(total,)} == {scores.shape, labels.shape, rows.shape, boxes.shape[:1]}:
+        raise ValueError(f"{name} whose columns do not fit each other")
+    whole = labels.dtype.kind in "iu" and rows.dtype.kind in "iu" and scores.dtype.kind in "fi"
+    if not whole or (rows < -1).any() or (labels < 0).any():
+        raise ValueError(f"{name} with labels of {labels.dtype}, rows of {rows.dtype}, or less than none")
+    return np.cumsum(counts)[:-1]
 
 
 def best_candidates(boxes: np.ndarray, scores: np.ndarray) -> Candidates:

@@ -17,6 +17,8 @@ import pytest
 import typer
 import yaml
 from command_line import align
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from alignment.cli import app
 from alignment.gate.policy import load_policy
@@ -290,3 +292,22 @@ def test_the_policy_of_this_repository_lets_its_hard_variant_pass_and_the_packag
     qdq = ("run", "yolov6_embedded", "--backend", "tensorrt", "--precision", "int8", "--route", "qdq")
     assert align(*qdq, "--out", tmp_path / "qdq").exit_code == 0
     assert align("gate", tmp_path, tmp_path / "qdq", "--policy", ROOT / "ci" / "policy.yaml").exit_code == 0
+
+
+def test_tox_installs_pinned_versions_of_all_that_it_asks_for():
+    lines = (ROOT / "ci" / "constraints.txt").read_text().splitlines()
+    parts = (line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in parts}
+    tox = ConfigParser()
+    tox.read(ROOT / "tox.ini")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"]]
+    for name in ("conformance", "docs", "lint"):
+        section = tox[f"testenv:{name}"]
+        for extra in section["extras"].split():
+            asked += project["optional-dependencies"][extra]
+        asked += section.get("deps", "").split()
+        assert "set_env" not in section, f"{name} would lose PIP_CONSTRAINT"
+    assert tox["testenv"]["set_env"].endswith("constraints.txt")
+    for requirement in map(Requirement, asked):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement

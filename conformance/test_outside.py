@@ -27,6 +27,7 @@ from alignment.errors import AlignError
 from alignment.export.onnx_export import check_onnx, file_digest
 from alignment.gate.runs import read_runs
 from alignment.inspection.draw import draw
+from alignment.inspection.saved import load_inspection
 from alignment.quantize.trained import Trained, identity_of
 from alignment.report.plot import Mark, Series, dots, scatter
 from alignment.report.run_folder import read_run, to_json
@@ -202,6 +203,15 @@ def test_a_run_whose_dataset_is_no_mapping_is_gated_all_the_same(tmp_path):
     for words in (["gate", tmp_path / "run", "--baseline", tmp_path / "run"], ["report", tmp_path / "run"]):
         assert align(*words).exit_code in (0, 1)
     assert [case.case.id for case in read_run(tmp_path / "run").cases if case.status == "fail"] == [FAILS]
+
+
+@pytest.mark.parametrize("size", [math.inf, math.nan, "x", [], {}, None])
+def test_an_engine_whose_tensors_have_no_shape_is_refused(tmp_path, size):
+    tensor = {"Name": "x", "Dimensions": [1, size], "Format/Datatype": "Half"}
+    layer = {"Name": "a", "LayerType": "Convolution", "Inputs": [tensor], "Outputs": []}
+    (tmp_path / "one.json").write_text(json.dumps({"Layers": [layer]}))
+    with pytest.raises(AlignError, match=r"one\.json: no inspected engine"):
+        load_inspection(tmp_path / "one.json")
 
 
 def test_names_of_control_characters_are_no_broken_drawing(tmp_path):

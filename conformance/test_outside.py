@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -19,11 +20,14 @@ from fuzz_sound import Sound, place
 from report_scenes import FAILS, write_everything
 from test_record import made
 
+from alignment.data.coco import CocoDataset
+from alignment.data.dota import open_dota
 from alignment.engine.int8 import ranges_in_cache
 from alignment.errors import AlignError
 from alignment.export.onnx_export import check_onnx, file_digest
 from alignment.gate.runs import read_runs
 from alignment.inspection.draw import draw
+from alignment.inspection.saved import load_inspection
 from alignment.quantize.trained import Trained, identity_of
 from alignment.report.plot import Mark, Series, dots, scatter
 from alignment.report.run_folder import read_run, to_json
@@ -98,6 +102,24 @@ def test_a_picture_of_more_pixels_than_memory_is_not_decoded(tmp_path):
     done = python("-c", f"from alignment.data.coco import *; read_image(Path({str(tmp_path / 'large.png')!r}))")
     assert "large.png: not an image, or a damaged one (OpenCV: " in done.stderr
     assert "PIXELS" in done.stderr
+
+
+NO_BOXES = [[10**400, 0, 5, 5], [0, 0, 1e300, 5], [0, 0, float("nan"), 5], [0, 0, "five", 5], [[0], [0, 1], 5, 5]]
+
+
+@pytest.mark.parametrize("box", NO_BOXES, ids=["endless", "far", "NaN", "text", "lists"])
+@pytest.mark.parametrize("kind", ["bbox", "rbox", "poly"])
+def test_a_box_of_no_numbers_is_named(sound, tmp_path, kind, box):
+    root = shutil.copytree(sound.tiles if kind == "poly" else sound.data, tmp_path / "data")
+    path = root / ("dota8.json" if kind == "poly" else "annotations/instances_val2017.json")
+    truth = json.loads(path.read_text())
+    entry = truth["annotations"][1]
+    entry[kind] = box * 2 if kind == "poly" else [*box, 0][: 4 if kind == "bbox" else 5]
+    if kind == "rbox":
+        truth["annotations"] = [entry]
+    path.write_text(json.dumps(truth))
+    with pytest.raises(AlignError, match=f"annotation {entry['id']}"):
+        open_dota(root) if kind == "poly" else CocoDataset.open(root).require_rotated("a")
 
 
 @pytest.mark.parametrize("size", [(8, 5000), (5000, 1)])
@@ -181,6 +203,15 @@ def test_a_run_whose_dataset_is_no_mapping_is_gated_all_the_same(tmp_path):
     for words in (["gate", tmp_path / "run", "--baseline", tmp_path / "run"], ["report", tmp_path / "run"]):
         assert align(*words).exit_code in (0, 1)
     assert [case.case.id for case in read_run(tmp_path / "run").cases if case.status == "fail"] == [FAILS]
+
+
+@pytest.mark.parametrize("size", [math.inf, math.nan, "x", [], {}, None])
+def test_an_engine_whose_tensors_have_no_shape_is_refused(tmp_path, size):
+    tensor = {"Name": "x", "Dimensions": [1, size], "Format/Datatype": "Half"}
+    layer = {"Name": "a", "LayerType": "Convolution", "Inputs": [tensor], "Outputs": []}
+    (tmp_path / "one.json").write_text(json.dumps({"Layers": [layer]}))
+    with pytest.raises(AlignError, match=r"one\.json: no inspected engine"):
+        load_inspection(tmp_path / "one.json")
 
 
 def test_names_of_control_characters_are_no_broken_drawing(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,8 @@ from alignment.data.decoder import decode
 from alignment.errors import AlignError
 from alignment.reading import cut, read_json
 
+#: No coordinate or area is larger; NaN is not smaller either.
+MOST_NUMBER = 1e18
 #: Bytes of an annotation file: those of COCO's training images have 450 MB.
 MOST_TRUTH = 2**30
 IMAGE_MEND = "give the image, or take it out of the annotations"
@@ -137,7 +138,8 @@ class CocoDataset:
     def require_rotated(self, variant: str) -> None:
         """Raises AlignError when a model with rotated boxes cannot be scored on this dataset."""
         for entry in self.truth["annotations"]:
-            if np.shape(entry.get("rbox")) != (5,):
+            box = entry.get("rbox")
+            if not (isinstance(box, list) and len(box) == 5 and all(map(_is_number, box))):
                 raise AlignError(
                     f"{self.root}: annotation {entry.get('id')} has no rbox (cx, cy, w, h, angle), but {variant} has "
                     "rotated boxes",
@@ -180,7 +182,7 @@ def _completed(annotations: list[Any], categories: set[int], path: Path, layout:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < MOST_NUMBER
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -35,7 +35,7 @@ def open_dota(root: Path, limit: int | None = None) -> CocoDataset:
         try:
             with np.errstate(over="ignore"):
                 points = np.array(entry["poly"], np.float32).reshape(4, 2)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             points = np.full((4, 2), np.nan)
         if not np.isfinite(points).all():
             what = f"{path}: annotation {entry.get('id')}: poly is not x and y of four corners"

@@ -88,7 +88,7 @@ def load_inspection(path: Path, graph: NodeGraph | None = None) -> Inspection:
         found = _plain(path.stem, text, fields) if "Layers" in fields else _saved(fields)
         if not found.engine_graph.layers:
             raise AlignError(f"{path}: no layer in it", MEND)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise AlignError(f"{path}: no inspected engine: {cut(f'{type(error).__name__}: {error}')}", MEND) from None
     if graph is None or found.graph.nodes:
         return found

@@ -6,10 +6,8 @@ Exit status: 0 aligned, 1 not aligned, 2 wrong usage or input.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from alignment.cache import Key, until_done
 from alignment.case import ROUTES
 from alignment.commands import cache
 from alignment.commands.console import (
@@ -50,7 +49,6 @@ from alignment.errors import AlignError
 from alignment.results import Alignment, CaseResult
 from alignment.runners.base import limit_openmp
 from alignment.scratch import scratch_folder
-from alignment.storage import cache_dir
 from alignment.variant import Variant, golden_dir, load_variant, zoo
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -59,6 +57,7 @@ app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pret
 @app.command()
 @reported
 def run(
+    context: typer.Context,
     variants: Annotated[
         list[str] | None, typer.Argument(help="names or YAML files; default: the embedded ones")
     ] = None,
@@ -92,10 +91,9 @@ def run(
     if not any(cases for _, cases in plan):
         what = f"--backend {backend} --precision {precision} --route {route}: no such case"
         raise AlignError(what, session.NO_CASE_MEND)
-    with scratch_folder() as staging:
-        # Of this very command, so that another one measures for itself.
-        asked = json.dumps([str(Path.cwd()), *sys.argv[1:]])
-        journal = cache_dir() / "runs" / hashlib.sha256(asked.encode()).hexdigest()[:16]
+    # Of this very command, so that another one measures for itself.
+    asked = {"folder": str(Path.cwd()), "options": {k: str(v) for k, v in context.params.items()}}
+    with scratch_folder() as staging, until_done(Key("run", chosen[0].name, asked)) as journal:
         how = RunOptions(golden=folder, out=staging, records=records, batch=batch, journal=journal)
         options = session.SessionOptions(data, images, how)
         for variant, cases in plan if variants else ():
@@ -116,7 +114,6 @@ def run(
             out.print(f"{result.case.id}: replayed, which measures nothing: its golden values stay", markup=False)
         else:
             out.print(f"wrote {update(folder, result, dataset, str(update_golden))}", markup=False)
-    shutil.rmtree(journal, ignore_errors=True)
     skipped = sum(case.status == "skip" for case in alignment.cases) if strict else 0
     if skipped:
         out.print(f"{skipped} case{'s' * (skipped > 1)} skipped: --strict makes that a failure", markup=False)

@@ -114,7 +114,7 @@ COMMANDS = {
         "run planted.yaml yolov5_embedded --backend torch,onnxruntime --images 5 --out out",
         ("pipeline:_Side.run",),
         lost=4,
-        first="cache/runs/*/*/*.npz",
+        first="cache/entries/run/*/*/*.npz",
         constants={"journal:IMAGES": 2},
     ),
     "ladder": Long(
@@ -199,7 +199,7 @@ class Life:
     @property
     def result(self) -> dict[str, Any]:
         """All files that it came to, by name: what they say, without dates, durations and this folder's name."""
-        parts = ("out", "cache/entries", "cache/runs")
+        parts = ("out", "cache/entries")
         paths = [path for part in parts for path in (self.folder / part).rglob("*") if path.is_file()]
         names = {str(path.relative_to(self.folder)): path for path in paths if path.suffix != ".lock"}
         return {name: self._told(path) for name, path in sorted(names.items())}

@@ -82,6 +82,19 @@ def resumable(key: Key, check: Callable[[Path], object]) -> Iterator[Path]:
         room.limit(size, added)
 
 
+@contextmanager
+def until_done(key: Key) -> Iterator[Path]:
+    """As `resumable`, of what is of use only until the work is done: it goes when the block ends without an error."""
+    folder = key.folder
+    with locked(folder):
+        if _sound(folder, key, lambda _: None) is None:
+            with writing_folder(folder) as temporary:
+                write_entry(temporary, key, finished=False)
+        _used(folder)
+        yield folder
+        remove(folder)
+
+
 def discard(key: Key, reason: str) -> None:
     """Removes an entry that is sound but of no use, and says why; the next who asks for it makes it anew."""
     with locked(key.folder):

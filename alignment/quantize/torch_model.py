@@ -6,6 +6,7 @@ The model's own code stays as it is.  While it runs, every function that an ONNX
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,7 +64,9 @@ LISTED = ("Concat",)
 
 # torch's own fake quantization: the other one needs a compiled extension.  It says so once for each process.
 TensorQuantizer.use_fb_fake_quant = True
-absl.logging.set_verbosity(absl.logging.ERROR)
+absl.logging.get_absl_logger().setLevel(logging.ERROR)
+# What it does to the root logger is not for a part of a program to do: warnings of others would look like its own.
+logging.root.removeHandler(absl.logging.get_absl_handler())
 
 
 @dataclass

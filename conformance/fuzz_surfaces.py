@@ -283,23 +283,23 @@ _DIGITS = (
 )
 
 
-@surface("cached calibration")
+@surface("cache entries")
 def cached(rng: Random, sound: Sound, folder: Path) -> Input:
     place(sound, folder)
-    cache = Path(os.environ["ALIGN_CACHE"])
     sound.quantized  # noqa: B018 - fills the cache
-    kinds = [path for name in ("calibration", "sensitivity", "scores") for path in (cache / name).rglob("tiny*")]
-    kinds = [path for path in kinds if path.is_file()] + [
-        p for path in kinds if path.is_dir() for p in path.rglob("*.*")
-    ]
-    path = rng.choice(sorted(kinds))
+    cache, own = Path(os.environ["ALIGN_CACHE"]), folder / "cache"
+    kind = rng.choice(sorted({path.parent.name for path in cache.glob("entries/*/tiny-*")}))
+    path = rng.choice(sorted(path for path in cache.glob(f"entries/{kind}/tiny-*/*") if path.is_file()))
+    shutil.copytree(cache, own, ignore=shutil.ignore_patterns("locks", "leases", "images"))
     spoil = spoilt_arrays if path.suffix == ".npz" else spoilt_bytes
-    kept = path.read_bytes()
-    spoilt = spoil(rng, kept)
-    own = folder / "cache"
-    shutil.copytree(cache, own, symlinks=True, ignore=shutil.ignore_patterns("locks"))
-    (own / path.relative_to(cache)).write_bytes(spoilt)
-    command = rng.choice((["quantize"], ["sensitivity"], ["partial", "--layers", "1"]))
+    if path.suffix == ".json" and rng.random() < 0.7:
+        content = spoilt_json(rng, json.loads(path.read_text()))
+    else:
+        content = spoil(rng, path.read_bytes())
+    (own / path.relative_to(cache)).write_bytes(content)
+    command = rng.choice((["quantize"], ["sensitivity"], ["partial", "--layers", "1"], ["cache"]))
+    if command[0] == "cache":
+        return Input(["cache", *rng.choice((["ls"], ["prune"]))], [])
     out = "a.sensitivity.json" if command[0] == "sensitivity" else "out"
     words = [command[0], "tiny.yaml", *command[1:], "--data", str(sound.data), "--out", out]
     return Input(words, [f"cache/{path.relative_to(cache)}"])

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -26,6 +27,8 @@ from fuzz_surfaces import SURFACES, Input, Sound
 
 #: Bytes that one input may take.
 MEMORY = 2 * 2**30
+#: What is said of an entry of the cache that is not as it was written.
+_REBUILT = re.compile(r"cache: \S+ is refused: .*: it is made anew")
 _NO_MEMORY = ("bad_alloc", "Unable to allocate", "MemoryError", "Failed to allocate", "can't allocate memory")
 
 
@@ -43,15 +46,9 @@ class Verdict:
 
 
 def prepare(folder: Path) -> Sound:
-    """Sound inputs in `folder`, and a cache of its own beside them; the images that are drawn are shared."""
-    from alignment.storage import cache_dir
-
-    known, cache = cache_dir().absolute(), folder / "cache"
-    cache.mkdir(parents=True)
-    for path in known.glob("synthetic*"):
-        (cache / path.name).symlink_to(path)
-    os.environ.update(ALIGN_CACHE=str(cache), ALIGN_DATA=str(folder / "nowhere"), ALIGN_THREADS="1")
-    (folder / "sound").mkdir()
+    """Sound inputs in `folder`, and a cache of its own beside them."""
+    os.environ.update(ALIGN_CACHE=str(folder / "cache"), ALIGN_DATA=str(folder / "nowhere"), ALIGN_THREADS="1")
+    (folder / "sound").mkdir(parents=True)
     return Sound(folder / "sound")
 
 
@@ -126,7 +123,7 @@ def _fault(status: int, err: str, given: Input, folder: Path) -> str:
         return f"left {left[0].name}"
     if "Traceback" in err:
         return "traceback in stderr"
-    lines = err.splitlines()
+    lines = [line for line in err.splitlines() if not _REBUILT.fullmatch(line)]
     usage = bool(lines) and lines[0].startswith("Usage: align")
     if status == 2 and not usage:
         if len(lines) != 1 or not lines[0].startswith("align: "):

@@ -38,6 +38,7 @@ ONE = Input(["run"], ["file.yaml"])
         (2, "align: file.yaml: no: mend it\n", ""),
         (1, "", ""),
         (3, "", "status 3"),
+        (0, "cache: score/a-1-2 is refused: value.json has 3 bytes, 4 were written: it is made anew\n", ""),
         (2, "", "silent"),
         (2, "align: file.yaml: no\nand more\n", "not one line"),
         (2, "error: file.yaml\n", "not one line"),

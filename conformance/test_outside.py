@@ -134,10 +134,16 @@ def test_a_thin_picture_gets_into_the_report(sound, tmp_path, monkeypatch, size)
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("digits", ["7fc00000", "7f800000", "ff800000", "bf800000", "7f7fffff", "", "3c01"])
+@pytest.mark.parametrize("digits", ["7fc00000", "7f800000", "ff800000", "bf800000", "7f7fffff", "", "3c01", "zz"])
 def test_a_scale_that_is_none_is_named_with_its_file(digits):
     with pytest.raises(AlignError, match=r"a\.cache: no scale in the line 'x: "):
         ranges_in_cache(f"TRT-8601-EntropyCalibration2\nx: {digits}\n", "a.cache")
+
+
+@pytest.mark.parametrize(("lines", "words"), [("", "of no tensor"), ("x: 00000001\n", "x: scale 1.4")])
+def test_a_cache_that_int8_has_no_use_of_is_named(lines, words):
+    with pytest.raises(AlignError, match=rf"a\.cache: .*{words}"):
+        ranges_in_cache(f"TRT-8601-EntropyCalibration2\n{lines}", "a.cache")
 
 
 NO_CASES = ["", "a-b", "net-tensorrt-fp4", "net-tpu-fp32", "net-tensorrt-int8-nowhere", "a-b-c-d-e-f"]

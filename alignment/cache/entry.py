@@ -152,7 +152,9 @@ def write_entry(folder: Path, key: Key, finished: bool = True) -> None:
         made=datetime.now(UTC).replace(microsecond=0),
     )
     with writing(folder / ENTRY) as temporary:
-        temporary.write_text(entry.model_dump_json(indent=1, exclude_defaults=True) + "\n", encoding="utf-8")
+        # Not pydantic's JSON, which has no words for paths that Python's locale has no letters for.
+        fields = entry.model_dump(mode="json", exclude_defaults=True)
+        temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
 def entries_dir() -> Path:

@@ -94,6 +94,9 @@ def ranges_in_cache(text: str, origin: object = "calibration cache") -> dict[str
     scales = read_cache(text, origin)
     if not scales:
         raise AlignError(f"{origin}: a calibration cache of no tensor", "calibrate anew")
+    for name, scale in scales.items():
+        if 0 < scale < np.finfo(np.float32).tiny:
+            raise AlignError(f"{origin}: {name}: scale {scale:g} is none that int8 can have", "calibrate anew")
     return {name: float(np.float32(scale) * np.float32(127)) for name, scale in scales.items() if scale > 0}
 
 

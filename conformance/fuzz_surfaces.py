@@ -290,7 +290,7 @@ def cached(rng: Random, sound: Sound, folder: Path) -> Input:
     cache, own = Path(os.environ["ALIGN_CACHE"]), folder / "cache"
     kind = rng.choice(sorted({path.parent.name for path in cache.glob("entries/*/tiny-*")}))
     path = rng.choice(sorted(path for path in cache.glob(f"entries/{kind}/tiny-*/*") if path.is_file()))
-    shutil.copytree(cache, own, ignore=shutil.ignore_patterns("locks", "leases", "images"))
+    shutil.copytree(cache, own, symlinks=True, ignore=shutil.ignore_patterns("locks", "leases", "images"))
     spoil = spoilt_arrays if path.suffix == ".npz" else spoilt_bytes
     if path.suffix == ".json" and rng.random() < 0.7:
         content = spoilt_json(rng, json.loads(path.read_text()))

@@ -384,6 +384,7 @@ def options(rng: Random, sound: Sound, folder: Path) -> Input:
         "--",
     ]
     values = [value.encode("utf-8", "replace").decode() for value in values]
+    # Not --update-golden, whose default folder is the package's own.
     names = (
         "--backend",
         "--precision",
@@ -407,7 +408,6 @@ def options(rng: Random, sound: Sound, folder: Path) -> Input:
         "--show",
         "--data",
         "--strict",
-        "--update-golden",
         "--deployed-iou-threshold",
     )
     for _ in range(rng.choice((1, 2, 3))):

@@ -101,7 +101,7 @@ def test_an_exception_and_too_much_memory_are_told(tmp_path, monkeypatch):
         raise KeyError("planted")
 
     def hungry(*_: object, **__: object) -> None:
-        np.ones(2**20)
+        np.ones(2**24)  # more than what the process has freed and kept
 
     monkeypatch.setitem(SURFACES, "planted", lambda rng, sound, folder: Input(["variants"]))
     monkeypatch.setattr("alignment.cli.app", raising)

@@ -99,8 +99,7 @@ def test_the_search_over_a_cluster(cluster, tmp_path, monkeypatch):
     asked = ("partial", path, "--images", 2, "--layers", 1, "--tries", 2, "--swaps", 0, "--out")
     found = []
     for name, where in {"alone": (), "shared": ("--scheduler", cluster.scheduler_address)}.items():
-        monkeypatch.setattr("alignment.quantize.scoring.cache_dir", lambda name=name: tmp_path / name)
-        monkeypatch.setattr("alignment.quantize.sweep.cache_dir", lambda name=name: tmp_path / name)
+        monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / f"{name}-cache"))
         result = align(*asked, tmp_path / name, *where)
         assert result.exit_code == 0, result.output
         found.append(json.loads((tmp_path / name / "partial.json").read_text()))

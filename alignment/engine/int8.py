@@ -17,7 +17,7 @@ CalibratorKind = Literal["entropy2", "minmax", "legacy"]
 #: Quantile of the legacy calibrator, its percentile: TensorRT has no other one.
 LEGACY_QUANTILE = 0.9999
 #: The largest scale of which float32 has 127.
-_LARGEST = float(np.finfo(np.float32).max) / 128
+_LARGEST = (2 - 2.0**-23) * 2.0**127 / 128
 #: What a calibration cache calls the algorithm that made it.
 ALGORITHMS: dict[CalibratorKind, str] = {
     "entropy2": "EntropyCalibration2",

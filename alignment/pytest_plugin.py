@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--golden", type=Path, help="folder of golden values; default: the packaged one")
     group.addoption("--update-golden", metavar="REASON", help="write what is measured as golden, for REASON")
     group.addoption("--records", type=Path, metavar="DIR", help="write records of what is run into DIR")
-    group.addoption("--kills", type=_count, default=3, help="kill each long command so often; 20 are the long form")
+    group.addoption("--kills", type=_count, default=2, help="kill each long command so often; 20 are the long form")
     group.addoption("--report", type=Path, metavar="DIR", help="write alignment.json, report.html and junit.xml there")
 
 

@@ -378,6 +378,12 @@ def test_help_needs_no_backend():
     assert done.stdout.strip() == "set()", done.stderr
 
 
+def test_a_graph_that_bites_its_tail_is_refused():
+    looped = {"tensors": ["x", "y"], "nodes": [["q", "QuantizeLinear", [0, 1], [1]]], "inputs": [0], "outputs": [1]}
+    with pytest.raises(ValueError, match="node q reads what itself or a later one makes"):
+        NodeGraph.from_json(looped)
+
+
 def test_graph_as_json():
     graph = NodeGraph.of(quantized(tiny(SILU)))
     assert NodeGraph.from_json(json.loads(json.dumps(graph.to_json()))) == graph

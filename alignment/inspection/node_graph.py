@@ -60,8 +60,13 @@ class NodeGraph:
         def named(places: Iterable[int]) -> tuple[str, ...]:
             return tuple(tensors[place] for place in places)
 
-        nodes = (Node(str(name), str(op), named(ins), named(outs)) for name, op, ins, outs in fields["nodes"])
-        return cls(tuple(nodes), named(fields["inputs"]), named(fields["outputs"]))
+        nodes = tuple(Node(str(name), str(op), named(ins), named(outs)) for name, op, ins, outs in fields["nodes"])
+        later = {tensor for node in nodes for tensor in node.outputs if tensor}
+        for node in nodes:
+            if not later.isdisjoint(node.inputs):
+                raise ValueError(f"node {node.name} reads what itself or a later one makes")
+            later.difference_update(node.outputs)
+        return cls(nodes, named(fields["inputs"]), named(fields["outputs"]))
 
     def to_json(self) -> dict[str, Any]:
         """Lists, texts and numbers only; tensors by their place in a list of their names."""

@@ -111,6 +111,8 @@ def _other(rng: Random, value: Any) -> Any:
     match value:
         case bool():
             return not value
+        case int() if abs(value) > 2**62:
+            return str(value)
         case int() | float():
             return rng.choice((-value, value * 1000, str(value), [value], value + 0.5, value * 1e-9, value + 1))
         case str():

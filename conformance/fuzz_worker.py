@@ -64,9 +64,7 @@ def judged(surface: str, seed: int, sound: Sound, folder: Path) -> Verdict:
     taken = _status("VmHWM") - resident
     verdict.said = (err or out)[-600:]
     verdict.fault = trouble or _fault(verdict.status, err, given, folder)
-    # A config is a program: a model of its own may ask for as much as it likes, and is told that it cannot be built.
-    refused = any(words in err for words in _NO_MEMORY) and "the model cannot be built" not in err
-    if taken > MEMORY or refused:
+    if taken > MEMORY or any(words in err for words in _NO_MEMORY):
         verdict.fault = f"memory: {taken / 2**30:.1f} GB; {verdict.fault}"
     if not verdict.fault and before != _digests(folder, given):
         verdict.fault = "input changed"

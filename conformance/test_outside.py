@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from command_line import align, one_line, python
+from command_line import align, one_line, python, variant_file
 from engines import convolution, engine
 from fuzz_pictures import png
 from fuzz_sound import Sound, place
@@ -28,6 +29,7 @@ from alignment.export.onnx_export import check_onnx, file_digest
 from alignment.gate.runs import read_runs
 from alignment.inspection.draw import draw
 from alignment.inspection.saved import load_inspection
+from alignment.models.mmyolo_source import build_detector
 from alignment.quantize.trained import Trained, identity_of
 from alignment.report.plot import Mark, Series, dots, scatter
 from alignment.report.run_folder import read_run, to_json
@@ -284,6 +286,18 @@ def test_the_folder_of_a_keep_float_file_will_do(sound, tmp_path, monkeypatch):
     found = align(*words, ".")
     assert found.exit_code == 0, found.output
     assert "1 nodes in int8" in found.stdout
+
+
+def test_a_model_of_many_times_the_weights_of_its_checkpoint_is_not_built(tmp_path):
+    pytest.importorskip("mmyolo")
+
+    def wide(fields: dict) -> None:
+        fields["source"]["options"]["model.backbone.widen_factor"] = 40.0
+
+    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AlignError, match=r"cannot be built: ValueError: .* many times the weights of its checkpoint"):
+        build_detector(load_variant(variant_file(tmp_path, wide)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started < 2**20  # kB
 
 
 @pytest.mark.parametrize("field", ["file", "checkpoint"])

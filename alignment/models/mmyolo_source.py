@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from alignment.models.detector import Detector
 
 
+#: Weights that no machine notices, whatever the checkpoint has.
+_SMALL = 2**24
+
+
 def require_mmyolo() -> None:
     """Makes mmyolo importable (with the stand-in for mmcv's compiled ops) and registers its classes.
 
@@ -100,7 +104,8 @@ def build_detector(variant: Variant) -> Detector:
     state = load_state_dict(source.checkpoint)
     MMLogger.get_current_instance().setLevel(logging.ERROR)
     try:
-        model = MODELS.build(config.model)
+        with _bounded(4 * sum(tensor.numel() for tensor in state.values()) + _SMALL):
+            model = MODELS.build(config.model)
     except Exception as error:  # whatever a config's classes raise
         raise AlignError(f"{source.config}: the model cannot be built: {_line(error)}", "mend the config") from None
     load_into(model, state, source.checkpoint)
@@ -110,6 +115,27 @@ def build_detector(variant: Variant) -> Detector:
             f"{variant.name}: classes: {variant.classes}, but the model has {classes}", "mend the variant's YAML"
         )
     return Detector(model, variant.input).eval()
+
+
+def _bounded(most: int) -> Any:
+    """A context in which a model of more weights than `most` raises ValueError, before their memory is touched."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Bounded(TorchFunctionMode):
+        """Counts what layers make to be filled."""
+
+        left = most
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if func is torch.empty:
+                self.left -= made.numel()
+                if self.left < 0:
+                    raise ValueError("it has many times the weights of its checkpoint")
+            return made
+
+    return Bounded()
 
 
 def _source(variant: Variant) -> MMYoloSource:

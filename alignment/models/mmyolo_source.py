@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import importlib
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ def require_mmyolo() -> None:
     # mmyolo tries mmrotate, whose 1.0.0rc1 imports this name from where Python had it before 3.10.
     collections.Sequence = collections.abc.Sequence  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", module="mmengine|mmcv|mmdet|mmyolo")
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # mmdet's call, but it is blamed on torch
     try:
         for module in ("mmdet.evaluation", "mmyolo.models", "mmyolo.datasets", "mmyolo.engine", "mmyolo.utils"):
@@ -118,7 +120,7 @@ def build_detector(variant: Variant) -> Detector:
 
 
 def _bounded(most: int) -> Any:
-    """A context in which a model of more weights than `most` raises ValueError, before their memory is touched."""
+    """A context in which a model of more weights than `most` raises ValueError, before there is memory for them."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -128,12 +130,11 @@ def _bounded(most: int) -> Any:
         left = most
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made = func(*args, **(kwargs or {}))
             if func is torch.empty:
-                self.left -= made.numel()
+                self.left -= math.prod(args if isinstance(args[0], int) else args[0])
                 if self.left < 0:
                     raise ValueError("it has many times the weights of its checkpoint")
-            return made
+            return func(*args, **(kwargs or {}))
 
     return Bounded()
 

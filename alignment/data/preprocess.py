@@ -72,11 +72,15 @@ def preprocess(image: np.ndarray, size: InputSize, settings: Preprocess) -> tupl
         ``[3, size.height, size.width] float32``, C-contiguous, and the geometry to undo it.
     """
     canvas, transform = _RESIZE[settings.resize](image, size, settings)
-    if settings.channels == "rgb":
-        canvas = canvas[..., ::-1]
+    # A byte has 256 values: what becomes of them is looked up, which costs a third of computing it for every pixel.
     # Subtract and divide in float32, in this order: the bits equal those of the frameworks' tensors.
-    normalized = (canvas.astype(np.float32) - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
-    return np.ascontiguousarray(normalized.transpose(2, 0, 1)), transform
+    mean, std = (np.array(values, np.float32)[:, None] for values in (settings.mean, settings.std))
+    tables = (np.arange(256, dtype=np.float32) - mean) / std
+    tensor = np.empty((3, *canvas.shape[:2]), np.float32)
+    for channel, table in enumerate(tables):
+        plane = cv2.extractChannel(canvas, 2 - channel if settings.channels == "rgb" else channel)
+        cv2.LUT(plane, table, dst=tensor[channel])
+    return tensor, transform
 
 
 def _letterbox(image: np.ndarray, size: InputSize, settings: Preprocess) -> tuple[np.ndarray, Transform]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,16 @@ class Sample:
         entry: which image.
         tensor: ``[3, H, W] float32``, the bytes that every backend gets.
         transform: geometry, to bring boxes back to the original image.
-        digest: 16 hex digits over the bytes of `tensor`.
     """
 
     entry: ImageEntry
     tensor: np.ndarray
     transform: Transform
-    digest: str
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits over the bytes of `tensor`."""
+        return hashlib.sha256(self.tensor.data).hexdigest()[:16]
 
 
 class Samples:
@@ -73,7 +77,7 @@ class Samples:
     def load(self, entry: ImageEntry) -> Sample:
         """Reads and preprocesses one image.  Raises AlignError for a file that is no image."""
         tensor, transform = preprocess(read_image(entry.path), self.variant.input, self.variant.preprocess)
-        return Sample(entry, tensor, transform, hashlib.sha256(tensor.tobytes()).hexdigest()[:16])
+        return Sample(entry, tensor, transform)
 
 
 def dataset_root(variant: Variant, data: Path | None = None) -> Path | None:

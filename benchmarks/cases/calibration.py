@@ -65,7 +65,7 @@ def ours(method: str, graph: bool = True, read: bool = False) -> Callable[[Setti
 
         class Ready(Samples):
             def load(self, entry: Any) -> Sample:
-                return Sample(entry, np.load(files[entry.id]), None, "")  # type: ignore[arg-type]
+                return Sample(entry, np.load(files[entry.id]), None)  # type: ignore[arg-type]
 
         chosen = samples if read else Ready(variant, samples.dataset)
         recipe = variant.quantization.model_copy(update={"method": method})

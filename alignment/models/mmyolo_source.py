@@ -7,6 +7,7 @@ import importlib
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,11 +131,13 @@ def _bounded(most: int) -> Any:
         left = most
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
             if func is torch.empty:
-                self.left -= math.prod(args if isinstance(args[0], int) else args[0])
+                (size,) = args if len(args) == 1 else (kwargs.get("size", args),)
+                self.left -= math.prod(size) if isinstance(size, Sequence) else size
                 if self.left < 0:
                     raise ValueError("it has many times the weights of its checkpoint")
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
     return Bounded()
 

@@ -28,7 +28,7 @@ Clock = Callable[[], tuple[float, float]]
 #: Stage, how many are done, how many in all.
 Progress = Callable[[str, int, int], None]
 #: Of which the machine's versions are noted.
-PACKAGES = ("numpy", "onnx", "onnxruntime", "opencv-python", "torch", "mmyolo", "pycocotools", "tensorrt")
+PACKAGES = ("numpy", "onnx", "onnxruntime", "opencv-python", "torch", "mmyolo", "pycocotools")
 
 
 class Fault(Exception):
@@ -257,7 +257,7 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Processor, memory, Python and packages."""
+    """Processor, memory, GPU, Python and packages."""
     facts = {
         "processor": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": str(len(os.sched_getaffinity(0))),
@@ -265,7 +265,14 @@ def machine() -> dict[str, str]:
         "threads": os.environ.get("ALIGN_THREADS", "all"),
         "python": platform.python_version(),
     }
-    return facts | versions(PACKAGES)
+    return facts | versions(PACKAGES) | _gpu()
+
+
+def _gpu() -> dict[str, str]:
+    """Name of the GPU and version of TensorRT, where it runs; its package may go by another name."""
+    from alignment.engine.capabilities import Capabilities, gpu, missing
+
+    return {} if missing() else {"gpu": gpu().name, "tensorrt": Capabilities.current().version}
 
 
 def _first(path: str, key: str) -> str:

@@ -165,3 +165,23 @@ def ratio(one: Entry | None, other: Entry | None, clock: Clock) -> Spread | None
     a, b = one.at(size), other.at(size)  # type: ignore[union-attr]
     pairs = zip(a.seconds(clock), b.seconds(clock), strict=False)  # type: ignore[union-attr]
     return Spread.of([first / second for first, second in pairs if second > 0])
+
+
+def further(one: Entry | None, other: Entry | None, clock: Clock) -> Spread | None:
+    """The same for what the largest size costs more than the smallest: of what either does only once, nothing is left.
+
+    None where one of them does not grow in a turn: the machine was then too busy to tell.
+    """
+    size = common_size(one, other) if one and other else None
+    least = min((measured.size for measured in one.sizes if one.at(measured.size)), default=size) if one else size
+    if one is None or other is None or size is None or least == size:
+        return None
+    turns: list[list[float]] = []
+    for entry in (one, other):
+        first, last = entry.at(least), entry.at(size)  # type: ignore[arg-type]
+        if first is None or last is None:
+            return None
+        turns.append([b - a for a, b in zip(first.seconds(clock), last.seconds(clock), strict=False)])
+    if min(map(min, turns)) <= 0:
+        return None
+    return Spread.of([a / b for a, b in zip(*turns, strict=False)])

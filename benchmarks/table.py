@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.results import CaseResult, Entry, Spread, common_size, ratio
+from benchmarks.results import CaseResult, Entry, Spread, common_size, further, ratio
 
 HEAD = """# Speed beside the peers
 
@@ -16,9 +16,10 @@ benchmarks run --out benchmarks/results` measured; `python -m benchmarks list` n
 
 All contestants of a case do the same work in one process, in turns, A B C A B C ... A ratio is taken turn by turn, at
 the largest size that both were measured at: its median, and in brackets its quartiles. *Ours ÷ it* below 1 means that
-ours costs less. Processor seconds are of all threads, and say more than the clock on a machine that others use too.
-*Growth* is b of seconds = a × size^b. Memory is what the work adds to a fresh process that has prepared for it, at the
-smallest and the largest size. A *floor* is what the work cannot cost less than.
+ours costs less. *Further* is the same ratio of what the largest size costs more than the smallest, so that of loading,
+and of all else that is done once, nothing is left. Processor seconds are of all threads, and say more than the clock on
+a machine that others use too. *Growth* is b of seconds = a × size^b. Memory is what the work adds to a fresh process
+that has prepared for it, at the smallest and the largest size. A *floor* is what the work cannot cost less than.
 
 Where quartiles are far apart, or a cost falls as the work grows, the machine was too busy to tell.
 """
@@ -65,6 +66,7 @@ def _case(result: CaseResult) -> str:
     lines += [f"{sizes} {result.axis}, {result.request.repeat} turns; {result.created[:10]}; {facts}.", ""]
     scores = list(dict.fromkeys(name for entry in result.entries for name in entry.scores))
     heads = ["contestant", result.axis, "s", "processor s", "ours ÷ it, processor", "ours ÷ it, clock"]
+    heads += ["further, processor"] if len(result.request.sizes) > 1 else []
     heads += ["it ÷ floor, processor"] if result.floor else []
     heads += ["growth", "memory, MB", *scores]
     lines += [f"| {' | '.join(heads)} |", f"|{'-|' * len(heads)}"]
@@ -90,6 +92,8 @@ def _row(result: CaseResult, entry: Entry, scores: list[str], width: int) -> str
         cells += ["1", "1"]
     else:
         cells += [_spread(ratio(result.ours, entry, clock)) for clock in ("cpu_s", "wall_s")]
+    if len(result.request.sizes) > 1:
+        cells.append("1" if entry is result.ours else _spread(further(result.ours, entry, "cpu_s")))
     if result.floor:
         cells.append("1" if entry is result.floor else _spread(ratio(entry, result.floor, "cpu_s")))
     cells.append("-" if entry.growth is None else f"{entry.growth:.2f}")

@@ -23,7 +23,7 @@ from benchmarks import memory
 from benchmarks.__main__ import app, run_one
 from benchmarks.cases import CASES, calibration, comparison, mean_ap, nms
 from benchmarks.harness import Case, Contestant, Fault, Setting, Work, clock, measure, quiet
-from benchmarks.results import CaseResult, Entry, Measured, Memory, Request, Spread, Turn, ratio
+from benchmarks.results import CaseResult, Entry, Measured, Memory, Request, Spread, Turn, further, ratio
 from benchmarks.table import HEAD, table
 
 GOLDEN = Path(__file__).with_name("benchmarks_table.md")
@@ -105,6 +105,18 @@ def test_a_ratio_is_the_median_of_turns_at_the_largest_size():
     ratios = toy.measured(repeat=5).ratios["peer"]
     assert ratios["wall_s"] == Spread(low=3, median=3, high=3, turns=5)
     assert ratios["cpu_s"] == Spread(low=0.25, median=0.5, high=1, turns=5)
+
+
+def test_what_each_further_costs_is_without_what_is_done_once():
+    toy = Toy(sizes=(1, 2, 4))
+    toy.add("ours", "ours", lambda size, turn: (50 + 3 * size, 7 + 2 * size))
+    toy.add("peer", "peer", lambda size, turn: (9 + size, 4 * size))
+    toy.add("constant", "peer", lambda size, turn: (9, 9))
+    ours, peer, constant = toy.measured().entries
+    assert further(ours, peer, "wall_s") == Spread(low=3, median=3, high=3, turns=3)
+    assert further(ours, peer, "cpu_s") == Spread(low=0.5, median=0.5, high=0.5, turns=3)
+    assert further(ours, constant, "cpu_s") is None
+    assert further(ours, None, "cpu_s") is None
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])

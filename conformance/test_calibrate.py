@@ -322,6 +322,10 @@ class TestSome:
         assert not joined.keys() & set(names)
         assert len(names) < 0.4 * len(activations(model))
 
+    def test_the_image_alone(self, tiny, whole, samples, tmp_path):
+        found = calibrate(tiny, samples, tmp_path / "image.npz", tensors=["images"])
+        assert_same(found, whole.found.only(["images"], tmp_path))
+
     def test_what_is_left_out_of_a_sum(self, sums):
         assert module._rounding_alone(onnx.load(sums.source)) == {"c", "d"}
 

@@ -82,7 +82,7 @@ def shared(model: onnx.ModelProto, names: list[str], shapes: Shapes, batch: int)
     return _in_order(found)
 
 
-def followed(names: Iterable[str], joined: Mapping[str, Joined]) -> set[str]:
+def followed(names: Iterable[str], joined: dict[str, Joined]) -> set[str]:
     """These tensors and all that their statistics follow from, by what `shared` gave."""
     found = set(names)
     for name, whole in reversed(joined.items()):

@@ -44,6 +44,7 @@ def graph(*lines: str, output: str = "o", elements: int = TensorProto.FLOAT, see
         "w": rng.normal(0, 0.5, (8, 3, 3, 3)).astype(np.float32),
         "w2": rng.normal(0, 0.5, (8, 8, 1, 1)).astype(np.float32),
         "n": np.float32(-1),
+        "edges": np.int64([0, 0, 1, 1, 0, 0, 1, 1]),
     }
     read = {name for node in nodes for name in node.input}
     made = helper.make_graph(
@@ -258,7 +259,7 @@ class TestShared:
         assert_same(calibrate(source, few, tmp_path / "seen.npz"), derived)
 
 
-#: Sums that ONNX Runtime makes together with the convolution before them, unless that one is an output.
+#: What ONNX Runtime makes together with a convolution, and rounds otherwise, unless the tensor between is an output.
 SUMS = (
     "y = Conv<strides = [2, 2]>(images, w)",
     "z = Relu(y)",
@@ -268,7 +269,12 @@ SUMS = (
     "d = Conv(r, w2)",
     "m = Mul(d, n)",
     "g = Sigmoid(m)",
-    "o = Mul(m, g)",
+    "u = Mul(m, g)",
+    "e = Erf(u)",
+    "f = Sub(e, n)",
+    "v = Mul(u, f)",
+    "p = Pad(v, edges)",
+    "o = Conv(p, w2)",
 )
 
 
@@ -283,7 +289,9 @@ class TestSome:
     """Of tensors that are wanted alone, the statistics are those that they have among all."""
 
     @pytest.mark.parametrize(
-        "wanted", [["o"], ["r"], ["s"], ["m", "z"], ["z", "r", "o"], ["images"], ["c", "d"]], ids="-".join
+        "wanted",
+        [["o"], ["r"], ["s"], ["m", "z"], ["z", "r", "u", "v", "o"], ["v"], ["u"], ["images"], ["c", "d"]],
+        ids="-".join,
     )
     def test_of_sums(self, sums, samples, tmp_path, wanted):
         found = calibrate(sums.source, samples, tmp_path / "some.npz", tensors=wanted)
@@ -327,7 +335,7 @@ class TestSome:
         assert_same(found, whole.found.only(["images"], tmp_path))
 
     def test_what_is_left_out_of_a_sum(self, sums):
-        assert module._rounding_alone(onnx.load(sums.source)) == {"c", "d"}
+        assert module._rounding_alone(onnx.load(sums.source)) == {"c", "d", "e", "p"}
 
     def test_parts_come_along(self, samples, tmp_path):
         lines = ("a = Relu(images)", "b = Neg(images)", "c = Concat<axis = 1>(a, b)", "o = Transpose(c)", "d = Neg(o)")

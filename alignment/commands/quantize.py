@@ -50,7 +50,7 @@ def quantize(
         typer.Option(
             "--qdq-only",
             help="write the QDQ graph and its scales alone: tensors that no policy quantizes are not calibrated, which "
-            "more than halves the time; default: every tensor is, as routes other than qdq need",
+            "takes little more than half the time; default: every tensor is, as routes other than qdq need",
         ),
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="images that go through ONNX Runtime at once")] = 1,

@@ -175,8 +175,8 @@ def quantize(
         progress: called with what is being done, how many are done, and all.
         device: of torch, where weights are searched for: "cpu" or "cuda".
         ranges: largest magnitude by tensor, in place of the calibrated one: those of another tool's calibration.
-        every: whether every activation tensor is calibrated, as routes other than qdq need, or for less than half the
-            time only those that a policy may quantize.  Scales and QDQ graph are the same.
+        every: whether every activation tensor is calibrated, as routes other than qdq need, or, in little more than
+            half the time, only those that a policy may quantize.  Scales and QDQ graph are the same.
 
     Raises:
         AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have, and

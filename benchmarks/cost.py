@@ -232,7 +232,7 @@ def main(
 ) -> None:
     """JSON: the parts, the check, and hours of a sweep and minutes of a score by workers."""
     variant = with_quantization(load_variant(name), PLAIN | {"policy": "conv-only"})
-    quantized = quantize(variant)
+    quantized = quantize(variant, every=False)
     parts = parts_of(variant, quantized, few, many)
     own = len(quantized.placement.weights)
     counts = [int(text) for text in workers.split(",")]

@@ -86,7 +86,7 @@ def plant(
 ) -> None:
     """One layer's scale × 4 in the backend's file, the clean file in ONNX Runtime: is the layer found."""
     chosen = load_variant(variant)
-    clean = reference_for(chosen, quantize(chosen).model, images)
+    clean = reference_for(chosen, quantize(chosen, every=False).model, images)
     candidate = candidate_of(chosen, backend, level)
     healthy = Comparison(clean.graph, clean, candidate, threshold)
     before = {"healthy_gap": healthy.gap(healthy.units), "float_gap": healthy.float_gap}
@@ -135,7 +135,7 @@ def natural(
     for policy in policies:
         changes = {"policy": policy} | ({"method": method} if method else {})
         chosen = with_quantization(load_variant(variant), changes)
-        model = quantize(chosen).model
+        model = quantize(chosen, every=False).model
         asked = reference_for(chosen, model, images)
         candidate = candidate_of(chosen, backend, level)
         comparison = Comparison(asked.graph, asked, candidate, threshold)

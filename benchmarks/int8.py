@@ -28,9 +28,8 @@ from alignment.data.samples import open_samples
 from alignment.engine.inspect import reformats
 from alignment.models import outputs
 from alignment.nms.multiclass import Detections
-from alignment.quantize.recipe import quantize
 from alignment.runners.base import Runner
-from alignment.runners.int8 import TensorRTBuild, tensorrt_build
+from alignment.runners.int8 import TensorRTBuild, quantized_for, tensorrt_build
 from alignment.runners.open import open_runner, tensorrt_float
 from alignment.variant import Variant, load_variant, with_quantization
 
@@ -59,7 +58,7 @@ def build_of(variant: Variant, row: str, level: int, batch: int = 1) -> TensorRT
         given = TensorRTBuild(path, options, None)
     else:
         case = Case(variant.name, "tensorrt", "int8", route)  # type: ignore[arg-type]
-        given = tensorrt_build(changed, case, quantize(changed), batch)
+        given = tensorrt_build(changed, case, quantized_for(changed, case), batch)
     options = dataclasses.replace(given.options, optimization_level=level)
     if plain:
         options = dataclasses.replace(options, float16_nodes=(), float32_nodes=())

@@ -229,6 +229,21 @@ class TestResumable:
         if (folder / "steps").exists() and "done" not in (folder / "steps").read_text():
             raise AlignError(f"{folder / 'steps'}: not steps", "delete it")
 
+    def test_finished_work_of_no_use_is_made_anew(self, caplog):
+        self.work()
+
+        def check(folder: Path) -> None:
+            if len((folder / "steps").read_text().splitlines()) < 4:
+                raise AlignError(f"{folder / 'steps'}: too few", "make more")
+
+        with resumable(KEY, check) as folder:
+            assert not (folder / "steps").exists()
+            (folder / "steps").write_text("done\n" * 4)
+        assert said(caplog) == f"cache: engine/{KEY.folder.name} is refused: steps: too few: it is made anew"
+        with resumable(KEY, check) as folder:
+            assert (folder / "steps").exists()
+        assert self.work() == 4
+
     @pytest.mark.parametrize("stop", [0, 1, 2])
     def test_it_goes_on_where_it_was(self, stop):
         with pytest.raises(KeyboardInterrupt):

@@ -23,7 +23,8 @@ from alignment.quantize import calibrate as module
 from alignment.quantize import recipe
 from alignment.quantize.calibrate import Calibration, activations, calibrate, identity_of
 from alignment.quantize.observers import METHODS
-from alignment.quantize.sharing import shared
+from alignment.quantize.placement import POLICIES, place, quantizable
+from alignment.quantize.sharing import followed, shared
 from alignment.quantize.statistics import Statistics
 from alignment.variant import load_variant, with_quantization
 
@@ -43,6 +44,7 @@ def graph(*lines: str, output: str = "o", elements: int = TensorProto.FLOAT, see
         "w": rng.normal(0, 0.5, (8, 3, 3, 3)).astype(np.float32),
         "w2": rng.normal(0, 0.5, (8, 8, 1, 1)).astype(np.float32),
         "n": np.float32(-1),
+        "edges": np.int64([0, 0, 1, 1, 0, 0, 1, 1]),
     }
     read = {name for node in nodes for name in node.input}
     made = helper.make_graph(
@@ -257,6 +259,133 @@ class TestShared:
         assert_same(calibrate(source, few, tmp_path / "seen.npz"), derived)
 
 
+#: What ONNX Runtime makes together with a convolution, and rounds otherwise, unless the tensor between is an output.
+SUMS = (
+    "y = Conv<strides = [2, 2]>(images, w)",
+    "z = Relu(y)",
+    "c = Conv(z, w2)",
+    "s = Add(c, z)",
+    "r = Relu(s)",
+    "d = Conv(r, w2)",
+    "m = Mul(d, n)",
+    "g = Sigmoid(m)",
+    "u = Mul(m, g)",
+    "e = Erf(u)",
+    "f = Sub(e, n)",
+    "v = Mul(u, f)",
+    "p = Pad(v, edges)",
+    "o = Conv(p, w2)",
+)
+
+
+@pytest.fixture(scope="module")
+def sums(samples, tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("sums")
+    source = written(graph(*SUMS), folder / "sums.onnx")
+    return SimpleNamespace(source=source, found=calibrate(source, samples, folder / "all.npz"))
+
+
+class TestSome:
+    """Of tensors that are wanted alone, the statistics are those that they have among all."""
+
+    @pytest.mark.parametrize(
+        "wanted",
+        [["o"], ["r"], ["s"], ["m", "z"], ["z", "r", "u", "v", "o"], ["v"], ["u"], ["images"], ["c", "d"]],
+        ids="-".join,
+    )
+    def test_of_sums(self, sums, samples, tmp_path, wanted):
+        found = calibrate(sums.source, samples, tmp_path / "some.npz", tensors=wanted)
+        assert set(found.tensors) == set(wanted)
+        assert_same(found, sums.found.only(wanted, tmp_path))
+
+    @pytest.mark.parametrize(
+        "family", ["yolov5", "yolov6", "yolov7", "yolov8", "yolox", "ppyoloe", "rtmdet", "rtmdet_r"]
+    )
+    def test_of_a_detector(self, family, tmp_path):
+        pytest.importorskip("mmyolo")
+        variant = load_variant(f"{family}_embedded")
+        few = open_samples(variant, limit=2, split="train2017")
+        source = exported(variant).onnx
+        model = onnx.load(source)
+        whole = calibrate(source, few, tmp_path / "all.npz")
+        sets = {name: [one.tensor for one in place(model, name).activations] for name in POLICIES}
+        for name, wanted in (*sets.items(), ("quantizable", quantizable(model))):
+            assert_same(calibrate(source, few, tmp_path / f"{name}.npz", 2, None, wanted), whole.only(wanted, tmp_path))
+
+    def test_nothing_else_is_handed_out(self, yolov8, tmp_path, monkeypatch):
+        handed: list[list[str]] = []
+
+        class Noting(module._Observed):
+            def __init__(self, graph, names, path):
+                handed.append(names)
+                super().__init__(graph, names, path)
+
+        monkeypatch.setattr(module, "_Observed", Noting)
+        model = onnx.load(yolov8.source)
+        wanted = quantizable(model)
+        calibrate(yolov8.source, recipe.calibration_samples(yolov8.variant), tmp_path / "a.npz", 4, None, wanted)
+        (names,) = handed
+        joined = module._joined(model, activations(model))
+        assert set(names) <= followed(wanted, joined) | module._rounding_alone(model)
+        assert not joined.keys() & set(names)
+        assert len(names) < 0.4 * len(activations(model))
+
+    def test_the_image_alone(self, tiny, whole, samples, tmp_path):
+        found = calibrate(tiny, samples, tmp_path / "image.npz", tensors=["images"])
+        assert_same(found, whole.found.only(["images"], tmp_path))
+
+    def test_what_is_left_out_of_a_sum(self, sums):
+        assert module._rounding_alone(onnx.load(sums.source)) == {"c", "d", "e", "p"}
+
+    def test_parts_come_along(self, samples, tmp_path):
+        lines = ("a = Relu(images)", "b = Neg(images)", "c = Concat<axis = 1>(a, b)", "o = Transpose(c)", "d = Neg(o)")
+        source = written(graph(*lines[:-1]), tmp_path / "moves.onnx")
+        found = calibrate(source, samples, tmp_path / "some.npz", tensors=["c"])
+        assert list(found.tensors) == ["c"]
+        assert list(Calibration.load(tmp_path / "some.npz").tensors) == ["images", "a", "b", "c"]
+        assert_same(found, calibrate(source, samples, tmp_path / "all.npz").only(["c"], tmp_path))
+
+    def test_a_file_with_more_will_do(self, tiny, whole, samples):
+        before = whole.path.read_bytes()
+        found = calibrate(tiny, samples, whole.path, tensors=["z"])
+        assert_same(found, whole.found.only(["z"], whole.path))
+        assert whole.path.read_bytes() == before
+
+    def test_a_file_with_more_is_completed(self, tiny, whole, samples, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "SAVE_EVERY", 2)
+        path, seen = tmp_path / "part.npz", []
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(tiny, samples, path, progress=TestInterrupted.stopping_after(2))
+        calibrate(tiny, samples, path, progress=seen.append, tensors=["z"])
+        assert seen == list(range(3, IMAGES + 1))
+        assert_same(Calibration.load(path), whole.found)
+
+    def test_some_go_on_where_they_were(self, tiny, whole, samples, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "SAVE_EVERY", 2)
+        path, seen = tmp_path / "part.npz", []
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(tiny, samples, path, progress=TestInterrupted.stopping_after(4), tensors=["z"])
+        found = calibrate(tiny, samples, path, progress=seen.append, tensors=["z"])
+        assert seen == [5, 6]
+        assert_same(found, whole.found.only(["z"], path))
+
+    def test_a_file_with_fewer_is_refused(self, tiny, samples, tmp_path):
+        path = tmp_path / "few.npz"
+        calibrate(tiny, samples, path, tensors=["z"])
+        before = path.read_bytes()
+        with pytest.raises(
+            AlignError,
+            match=r"few\.npz: a calibration of 2 tensors; 2 that are wanted are not among them, y first: .*anew",
+        ):
+            calibrate(tiny, samples, path)
+        assert path.read_bytes() == before
+
+    def test_one_that_the_graph_has_not(self, tiny, samples, tmp_path):
+        with pytest.raises(AlignError, match=r"tiny\.onnx: no float32 activation is named w2: name tensors of this"):
+            calibrate(tiny, samples, tmp_path / "none.npz", tensors=["w2", "z"])
+        assert not list(tmp_path.iterdir())
+
+
 class TestInterrupted:
     @staticmethod
     def stopping_after(images: int) -> Callable[[int], None]:
@@ -407,9 +536,9 @@ class TestFiles:
     def test_any_byte_that_is_wrong(self, whole, tmp_path):
         """Each is either noticed, in one line, or does not matter."""
         path, content = tmp_path / "damaged.npz", whole.path.read_bytes()
-        for place in range(0, len(content), max(len(content) // 300, 1)):
+        for where in range(0, len(content), max(len(content) // 300, 1)):
             damaged = bytearray(content)
-            damaged[place] ^= 0xFF
+            damaged[where] ^= 0xFF
             path.write_bytes(damaged)
             try:
                 assert_same(Calibration.load(path), whole.found)

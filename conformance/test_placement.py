@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from alignment.errors import AlignError
 from alignment.quantize.graph import ACTIVATIONS, OnnxGraph
-from alignment.quantize.placement import FLOAT_RULES, INT8_RULES, MOVING, POLICIES, Placement, place
+from alignment.quantize.placement import FLOAT_RULES, INT8_RULES, MOVING, POLICIES, Placement, place, quantizable
 from alignment.variant import load_variant, zoo
 
 EMBEDDED = [path.stem for path in zoo() if load_variant(path.stem).embedded]
@@ -377,6 +377,28 @@ def test_embedded(name, policy):
     assert len(last) >= 3
     assert {node for node in why if why[node] == "head"} == (last if policy == "tensorrt" else set())
     assert all(why[node.name] in ("softmax", "decoding") for node in graph.nodes if node.op_type in ("Softmax", "Exp"))
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_what_any_policy_may_quantize(name):
+    """Whatever is kept in float: the residual rule may then take the other branch."""
+    pytest.importorskip("mmyolo")
+    from alignment.export.onnx_export import exported
+
+    model = onnx.load(exported(load_variant(name)).onnx)
+    graph, known, rng = OnnxGraph(model), set(quantizable(model)), np.random.default_rng(0)
+    for policy in POLICIES:
+        for part in (0.0, 0.05, 0.5):
+            kept = [node.name for node in graph.nodes if rng.random() < part]
+            placed = {quantizer.tensor for quantizer in place(graph, policy, kept).activations}
+            assert placed <= known
+            assert placed or part
+
+
+@given(model=graphs(), policy=st.sampled_from(sorted(POLICIES)), data=st.data())
+def test_what_any_policy_may_quantize_of_any_graph(model, policy, data):
+    kept = data.draw(st.lists(st.sampled_from([node.name for node in model.graph.node]), max_size=5))
+    assert {quantizer.tensor for quantizer in place(model, policy, kept).activations} <= set(quantizable(model))
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

@@ -17,8 +17,9 @@ from alignment.errors import AlignError
 from alignment.export.onnx_export import exported
 from alignment.quantize import recipe
 from alignment.quantize.observers import METHODS
-from alignment.quantize.placement import POLICIES
+from alignment.quantize.placement import POLICIES, quantizable
 from alignment.quantize.qdq import fake_quantizers
+from alignment.storage import cache_dir
 from alignment.variant import load_variant, with_quantization
 
 pytest.importorskip("onnxruntime")
@@ -90,6 +91,56 @@ class TestRoutes:
         ours, theirs = found.calibration.amax("minmax"), separate.amax("minmax")
         assert ours["images"] == theirs["images"]
         assert ours != theirs
+
+
+class TestQdqOnly:
+    """Of the tensors that a policy may quantize alone: the same scales and QDQ graph, and nothing for other routes."""
+
+    @pytest.fixture
+    def empty(self, yolov8, tmp_path, monkeypatch) -> None:
+        """A cache without a calibration."""
+        shared = cache_dir() / "entries"
+        for kind in (path for path in shared.iterdir() if path.name != "calibration"):
+            (tmp_path / "cache" / "entries").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cache" / "entries" / kind.name).symlink_to(kind)
+        monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_the_graph_is_the_same(self, yolov8, empty, policy):
+        variant = with_quantization(yolov8.variant, {"policy": policy, "keep_float": ["/detector/backbone/stage1/*"]})
+        part = recipe.quantize(variant, every=False)
+        whole = recipe.apply(yolov8.source, variant.quantization, yolov8.quantized.calibration)
+        assert part.model.SerializeToString(deterministic=True) == whole.model.SerializeToString(deterministic=True)
+        assert part.scales == whole.scales
+        assert part.placement.activations
+        assert part.amax.keys() == part.calibration.tensors.keys() == set(quantizable(onnx.load(yolov8.source)))
+        assert part.calibration.identity == yolov8.quantized.calibration.identity
+
+    def test_ranges_are_refused(self, yolov8, tmp_path):
+        part = recipe.quantize(yolov8.variant, every=False)
+        for give in (lambda: part.ranges, part.cache):
+            with pytest.raises(
+                AlignError, match=r"\.onnx: \d+ tensors were not calibrated, \S+ first: .* other than qdq"
+            ):
+                give()
+        assert [path.name for path in part.save(tmp_path, "tiny")] == ["tiny.qdq.onnx", "tiny.scales.json"]
+        assert len(list(tmp_path.iterdir())) == 2
+        assert len(json.loads((tmp_path / "tiny.scales.json").read_text())["activations"]) == len(part.amax)
+
+    def test_it_gives_way_to_one_of_all(self, yolov8, empty, caplog):
+        seen: list[str] = []
+
+        def calibrated(every: bool) -> bool:
+            """Whether images were run."""
+            seen.clear()
+            found = recipe.quantize(yolov8.variant, progress=lambda stage, *_: seen.append(stage), every=every)
+            assert found.unranged == () or not every
+            return "calibration" in seen
+
+        assert [calibrated(every) for every in (False, False, True, True, False)] == [True, False, True, False, False]
+        refused = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
+        assert len(refused) == 1
+        assert "that are wanted are not among them" in refused[0]
 
 
 class TestSave:
@@ -172,6 +223,12 @@ class TestCommand:
         report = json.loads((tmp_path / "out" / "yolov8_embedded.scales.json").read_text())
         assert (report["recipe"]["method"], report["recipe"]["images"]) == ("percentile", 2)
         assert any(why.startswith("keep-float") for why in report["float_nodes"].values())
+
+    def test_the_qdq_graph_alone(self, quick, tmp_path):
+        done = CliRunner().invoke(app, [*quick, "--qdq-only"])
+        assert done.exit_code == 0, done.output
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert names == {"yolov8_embedded.qdq.onnx", "yolov8_embedded.scales.json"}
 
     def test_adaround_that_does_not_help_is_told(self, quick, monkeypatch):
         pytest.importorskip("pytorch_quantization")

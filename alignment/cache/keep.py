@@ -65,7 +65,8 @@ def resumable(key: Key, check: Callable[[Path], object]) -> Iterator[Path]:
 
     Args:
         key: what it is known by.
-        check: reads unfinished work in the folder, and raises AlignError for what it cannot go on from.
+        check: reads what lies in the folder, finished or not, and raises AlignError for what is of no use: it is then
+            made anew.
     """
     folder, size, added = key.folder, room.allowed(), 0
     with locked(folder):
@@ -114,8 +115,9 @@ def _sound(folder: Path, key: Key, check: Callable[[Path], object] | None = None
             _clear(folder)
             if check is None:
                 raise RefusedError("not finished")
-            check(folder)
         entry.verify(folder)
+        if check is not None:
+            check(folder)
     except (RefusedError, AlignError, OSError) as error:
         what = error.what if isinstance(error, AlignError) else str(error)
         _refuse(folder, what.replace(f"{folder}{os.sep}", ""))

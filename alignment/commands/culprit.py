@@ -121,7 +121,7 @@ def _graphs(variant: Variant, qdq: Path | None, reference: Path | None, data: Pa
     from alignment.quantize.pairs import QdqGraph
     from alignment.quantize.recipe import quantize
 
-    subject = QdqGraph(quantize(variant, data).model) if qdq is None else _read(qdq)
+    subject = QdqGraph(quantize(variant, data, every=False).model) if qdq is None else _read(qdq)
     return subject, subject if reference is None else _read(reference)
 
 

@@ -76,7 +76,7 @@ def sensitivity(
         out.print(f"[yellow]{escape(chosen.name)}: {SEARCHED}[/]")
     samples = open_samples(chosen, data, images)
     with open_executor(workers, scheduler) as executor, stage_bars(chosen.name) as bars:
-        quantized = quantize(chosen, data, progress=bars)
+        quantized = quantize(chosen, data, progress=bars, every=False)
         found, path = sweep(
             chosen,
             quantized,

@@ -12,8 +12,7 @@ from alignment.case import Case
 from alignment.data.samples import open_samples
 from alignment.inspection.node_graph import NodeGraph
 from alignment.inspection.saved import Inspection
-from alignment.quantize.recipe import quantize
-from alignment.runners.int8 import TensorRTBuild, tensorrt_build
+from alignment.runners.int8 import TensorRTBuild, quantized_for, tensorrt_build
 from alignment.runners.open import tensorrt_float
 from alignment.variant import Variant
 
@@ -42,7 +41,7 @@ def inspect(
     wanted: tuple[str, ...] = ()
     kept: dict[str, str] = {}
     if case.precision == "int8":
-        quantized = quantize(variant, data)
+        quantized = quantized_for(variant, case, data)
         wanted, kept = quantized.placement.int8_nodes, quantized.placement.float_nodes
         given = tensorrt_build(variant, case, quantized, batch, data)
     else:

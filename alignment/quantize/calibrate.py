@@ -1,4 +1,4 @@
-"""Calibration: what values every activation tensor of an ONNX graph takes, over some images, in one pass.
+"""Calibration: what values the activation tensors of an ONNX graph take, over some images, in one pass.
 
 The statistics are those of all methods: which of them turns a tensor's values into a range is chosen afterwards.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from alignment.data.samples import Samples
 from alignment.errors import AlignError
 from alignment.export.onnx_export import file_digest
 from alignment.layers import mark_outputs
+from alignment.quantize.graph import WEIGHTED
 from alignment.quantize.observers import amax_of
-from alignment.quantize.sharing import shared
+from alignment.quantize.sharing import Joined, followed, shared
 from alignment.quantize.statistics import Statistics
 from alignment.reading import cut, read_arrays
 from alignment.runners.onnxruntime import cannot_run, open_session
@@ -33,18 +35,22 @@ SAVE_EVERY = 32
 #: Raise it when `Statistics` come to hold something else, or files to be laid out in another way.
 STATISTICS = 3
 _THREADS = 2
+_ANEW = "calibrate anew, into another file"
 #: Elements of a tensor for which memory is kept.
 _KEPT = 2**28
+#: Nodes that ONNX Runtime computes together with the sum of products that only they read, which rounds otherwise; and
+#: those that it does with their reader: a 1 × 1 convolution has another kernel with padding, a GELU another formula.
+_INTO_SUMS, _INTO_READERS = ("Add", "Sub", "Mul", "Div", "BatchNormalization"), ("Pad", "Erf")
 
 
 @dataclass
 class Calibration:
-    """Statistics of every activation tensor, and what they were taken from.
+    """Statistics of activation tensors, and what they were taken from.
 
     Attributes:
         identity: graph, images, preprocessing and versions; see `identity_of`.
         images: how many were seen.
-        tensors: by ONNX tensor name, the input included.
+        tensors: by ONNX tensor name, in the order of the graph.
     """
 
     identity: dict[str, Any]
@@ -52,7 +58,7 @@ class Calibration:
     tensors: dict[str, Statistics] = field(default_factory=dict)
 
     def amax(self, method: str) -> dict[str, float]:
-        """The largest magnitude that int8 is to represent, of every tensor; 0 for one that was 0 everywhere."""
+        """The largest magnitude that int8 is to represent, by tensor; 0 for one that was 0 everywhere."""
         return {name: amax_of(statistics, method) for name, statistics in self.tensors.items()}
 
     def save(self, path: Path) -> None:
@@ -101,8 +107,19 @@ class Calibration:
             if identity.get(key) != self.identity.get(key):
                 raise AlignError(
                     f"{path}: a calibration of another {key}: {self.identity.get(key)}, now {identity.get(key)}",
-                    "calibrate anew, into another file",
+                    _ANEW,
                 )
+
+    def only(self, names: Collection[str], path: Path) -> Calibration:
+        """That of these tensors alone.  Raises AlignError where `path`, which it was read from, is without one."""
+        missing = [name for name in names if name not in self.tensors]
+        if missing:
+            found = (
+                f"{len(self.tensors)} tensors; {len(missing)} that are wanted are not among them, {missing[0]} first"
+            )
+            raise AlignError(f"{path}: a calibration of {found}", _ANEW)
+        wanted = set(names)
+        return replace(self, tensors={name: one for name, one in self.tensors.items() if name in wanted})
 
 
 def identity_of(model: Path, samples: Samples) -> dict[str, Any]:
@@ -142,10 +159,15 @@ def calibrate(
     path: Path,
     batch: int = 1,
     progress: Callable[[int], None] | None = None,
+    tensors: Collection[str] | None = None,
 ) -> Calibration:
-    """Runs images through a graph in ONNX Runtime and keeps the statistics of every activation tensor.
+    """Runs images through a graph in ONNX Runtime and keeps the statistics of its activation tensors.
 
     What was seen is written every `SAVE_EVERY` images, so that an interrupted calibration goes on where it was.
+
+    Each tensor that is handed out is memory to write and to read again, and a fusion that ONNX Runtime leaves: a few
+    cost much less than all.  Their statistics are the same to the bit, but where ONNX Runtime fuses what no detector of
+    convolutions has, a layer normalization written out: there to a rounding.
 
     Args:
         model: a float32 ONNX file with one image input.
@@ -153,37 +175,53 @@ def calibrate(
         path: ``.npz`` of the calibration; one that is there is completed, or returned as it is.
         batch: images at once; the statistics are the same for any number.
         progress: called with the number of images done.
+        tensors: names of those that are wanted, among `activations`; default: all.  A file that has more will do.
+
+    Returns:
+        The calibration of the wanted tensors.
 
     Raises:
-        AlignError: for a file of another graph, other images or another version; for values that are not finite.
+        AlignError: for a file of another graph, other images, another version or without some of the tensors; for
+            values that are not finite; for tensors that the graph does not have.
     """
     identity = identity_of(model, samples)
+    graph = onnx.load(model)
+    names = activations(graph)
+    wanted = names if tensors is None else tensors
+    unknown = set(wanted).difference(names)
+    if unknown:
+        raise AlignError(f"{model}: no float32 activation is named {min(unknown)}", "name tensors of this graph")
     with locked(path):
         found = Calibration(identity)
         if path.is_file():
             found = Calibration.load(path)
             found.require(identity, path)
+            found.only(wanted, path)
         if found.images < len(samples):
-            _observe(model, samples, found, batch, progress, path)
-    return found
+            _observe(model, graph, found.tensors or wanted, samples, found, batch, progress, path)
+    return found.only(wanted, path)
 
 
 def _observe(
     model: Path,
+    graph: onnx.ModelProto,
+    wanted: Collection[str],
     samples: Samples,
     found: Calibration,
     batch: int,
     progress: Callable[[int], None] | None,
     path: Path,
 ) -> None:
-    graph = onnx.load(model)
     names = activations(graph)
     batch = _possible_batch(graph, batch, model)
-    image = _image_shape(graph)
-    # A batch that no other axis is likely to have, so that axes of images are told from others.
-    prime = 10_007 if image and not graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value else 1
-    joined = shared(graph, names, shapes_of(graph, names, (prime, *image)) if image else {}, prime)
-    network = _Observed(graph, [name for name in names if name not in joined], model)
+    joined = _joined(graph, names)
+    held = followed([names[0], *wanted], joined)
+    joined = {name: whole for name, whole in joined.items() if name in held}
+    handed = (held | _rounding_alone(graph)).difference(joined)
+    network = _Observed(graph, [name for name in names if name in handed], model)
+    for name in names:
+        if name in held:
+            found.tensors.setdefault(name, Statistics())
     todo = samples.dataset.images[found.images :]
     saved = found.images
     with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(1) as ahead:
@@ -196,10 +234,9 @@ def _observe(
             tensor = following.result()
             if start + batch < len(todo):
                 following = ahead.submit(loaded, start + batch)
+            seen = [one for one in network.run(tensor).items() if one[0] in held]
             # Big ones first: the threads then end together.
-            values = sorted(network.run(tensor).items(), key=lambda one: -one[1].size)
-            for name in names:
-                found.tensors.setdefault(name, Statistics())
+            values = sorted(seen, key=lambda one: -one[1].size)
             ranges = dict(pool.map(lambda one: (one[0], _add(found.tensors[one[0]], *one)), values))
             for name, whole in joined.items():
                 ranges[name] = whole.ranges(ranges)
@@ -213,6 +250,24 @@ def _observe(
                 saved = found.images
             if progress:
                 progress(found.images)
+
+
+def _joined(graph: onnx.ModelProto, names: list[str]) -> dict[str, Joined]:
+    image = _image_shape(graph)
+    # A batch that no other axis is likely to have, so that axes of images are told from others.
+    prime = 10_007 if image and not graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value else 1
+    return shared(graph, names, shapes_of(graph, names, (prime, *image)) if image else {}, prime)
+
+
+def _rounding_alone(graph: onnx.ModelProto) -> set[str]:
+    """Tensors that are handed out even if nobody wants them, so that ONNX Runtime rounds as if all were wanted."""
+    nodes = graph.graph.node
+    readers = Counter(name for node in nodes for name in node.input)
+    read = {name for node in nodes if node.op_type in _INTO_SUMS for name in node.input if readers[name] == 1}
+    sums = (name for node in nodes if node.op_type in WEIGHTED for name in node.output)
+    return read.intersection(sums).union(
+        name for node in nodes if node.op_type in _INTO_READERS for name in node.output
+    )
 
 
 def _possible_batch(graph: onnx.ModelProto, batch: int, path: Path) -> int:
@@ -243,12 +298,14 @@ class _Observed:
         self._graph, self._path = graph, path
         # Threads that spin while they wait would take the processor from those that have work: ours, and others' on a
         # machine that is shared.
-        self._session = open_session(mark_outputs(graph, self.others), path, spin=False)
+        self._session = open_session(mark_outputs(graph, self.others), path, spin=False) if self.others else None
         self._kept: dict[str, np.ndarray] = {}
         self._shape: tuple[int, ...] = ()
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """All tensors; the next call writes over them."""
+        if self._session is None:
+            return {self.image: batch}
         if batch.shape != self._shape:
             self._shape, self._kept = batch.shape, {}
             shapes = shapes_of(self._graph, self.others, batch.shape)

@@ -51,7 +51,7 @@ class Candidates:
         Which other nodes read int8 follows by the placement rules: what moves values stays float where no node reads
         them in int8 any more.
         """
-        return quantize(self._keeping(kept), self._data)
+        return quantize(self._keeping(kept), self._data, every=False)
 
     def identity(self, kept: Collection[str]) -> list[Any]:
         """All that decides which graph `quantized` gives, JSON values, at no cost."""

@@ -314,6 +314,11 @@ def place(
     return Placement(rules.name, _quantizers(graph, int8), weights, float_nodes)
 
 
+def quantizable(model: ModelProto) -> tuple[str, ...]:
+    """The activations that any policy may put a quantizer on, whatever nodes stay float, in the order of the graph."""
+    return tuple(quantizer.tensor for quantizer in place(model, "full").activations)
+
+
 def _float_nodes(graph: OnnxGraph, policy: Policy, named: dict[str, str]) -> dict[str, str]:
     reasons = {}
     for node in graph.nodes:

@@ -65,7 +65,7 @@ def train_into(
     from alignment.quantize.qat import train
 
     checkpoint = folder / f"{variant.name}.qat.checkpoint.pth"
-    quantized = recipe.quantize(variant, data, progress=progress)
+    quantized = recipe.quantize(variant, data, progress=progress, every=False)
     outcome = train(variant, quantized, options, checkpoint, data, progress)
     paths = _write(outcome, outcome.report(variant, options), variant, folder, data)
     checkpoint.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from alignment.engine.int8 import write_cache
 from alignment.errors import AlignError
 from alignment.export.onnx_export import exported, file_digest
 from alignment.export.plugin_nms import refuse_plugin
-from alignment.quantize.calibrate import Calibration, calibrate, identity_of
+from alignment.quantize.calibrate import Calibration, activations, calibrate, identity_of
 from alignment.quantize.equalization import equalize
 from alignment.quantize.observers import fake_quantize, scale_of, weight_amax
-from alignment.quantize.placement import Placement, place
+from alignment.quantize.placement import Placement, place, quantizable
 from alignment.quantize.qdq import group_amax, write_qdq
 from alignment.quantize.trained import Trained
 from alignment.reading import read_arrays
@@ -56,7 +57,7 @@ class Quantized:
         source: the float32 ONNX file, as exported, or equalized and with weights that were searched for.
         model: the same with QDQ nodes.
         placement: where these are.
-        amax: largest magnitude of every activation tensor, members of one group alike.
+        amax: largest magnitude of the activation tensors that were calibrated, members of one group alike.
         scales: of the quantized activations, float32.
         weight_scales: ``[C] float32`` of the quantized initializers.
         calibration: what it stands on.
@@ -75,8 +76,20 @@ class Quantized:
 
     @property
     def ranges(self) -> tuple[tuple[str, float], ...]:
-        """For the routes without QDQ: the range of every tensor, by name."""
+        """For the routes without QDQ: the range of every tensor, by name.
+
+        Raises:
+            AlignError: where not all were calibrated.
+        """
+        if self.unranged:
+            what = f"{self.source}: {len(self.unranged)} tensors were not calibrated, {self.unranged[0]} first"
+            raise AlignError(what, "quantize with `every`, for routes other than qdq")
         return tuple((name, value) for name, value in self.amax.items() if value > 0)
+
+    @cached_property
+    def unranged(self) -> tuple[str, ...]:
+        """The activation tensors that were not calibrated: no policy quantizes them."""
+        return tuple(name for name in activations(onnx.load(self.source)) if name not in self.amax)
 
     def only(self, nodes: Collection[str], activations: bool = True, weights: bool = True) -> onnx.ModelProto:
         """The graph in which only these nodes read int8, of activations, weights or both; scales stay as they are."""
@@ -90,18 +103,20 @@ class Quantized:
     def save(self, folder: Path, name: str) -> list[Path]:
         """Writes the graphs and all that belongs to them, and returns the paths.
 
-        ``<name>.qdq.onnx``; ``<name>.float.onnx``, the graph without QDQ nodes that ranges and cache are for;
-        ``<name>.ranges.json``; ``<name>.calibration``, a TensorRT calibration cache; ``<name>.scales.json``, every
-        scale with its statistics.
+        ``<name>.qdq.onnx``; where every tensor was calibrated, ``<name>.float.onnx``, the graph without QDQ nodes,
+        and for it ``<name>.ranges.json`` and ``<name>.calibration``, a TensorRT calibration cache;
+        ``<name>.scales.json``, every scale with its statistics.
         """
-        texts = {
-            f"{name}.ranges.json": json.dumps(dict(self.ranges), indent=1),
-            f"{name}.calibration": self.cache(),
-            f"{name}.scales.json": json.dumps(self.report(), indent=1),
-        }
-        paths = [folder / f"{name}.qdq.onnx", folder / f"{name}.float.onnx"]
-        for path, model in zip(paths, (self.model, onnx.load(self.source)), strict=True):
-            with writing(path) as temporary:
+        graphs, texts = {f"{name}.qdq.onnx": self.model}, {}
+        if not self.unranged:
+            graphs[f"{name}.float.onnx"] = onnx.load(self.source)
+            texts[f"{name}.ranges.json"] = json.dumps(dict(self.ranges), indent=1)
+            texts[f"{name}.calibration"] = self.cache()
+        texts[f"{name}.scales.json"] = json.dumps(self.report(), indent=1)
+        paths = []
+        for file_name, model in graphs.items():
+            paths.append(folder / file_name)
+            with writing(paths[-1]) as temporary:
                 onnx.save(model, temporary)
         for file_name, text in texts.items():
             paths.append(folder / file_name)
@@ -149,6 +164,7 @@ def quantize(
     progress: Progress | None = None,
     device: str = "cpu",
     ranges: Mapping[str, float] | None = None,
+    every: bool = True,
 ) -> Quantized:
     """Calibrates where that was not done yet, places quantizers, finds weights, and writes all into the graph.
 
@@ -159,6 +175,8 @@ def quantize(
         progress: called with what is being done, how many are done, and all.
         device: of torch, where weights are searched for: "cpu" or "cuda".
         ranges: largest magnitude by tensor, in place of the calibrated one: those of another tool's calibration.
+        every: whether every activation tensor is calibrated, as routes other than qdq need, or, in little more than
+            half the time, only those that a policy may quantize.  Scales and QDQ graph are the same.
 
     Raises:
         AlignError: for images or weights that are missing, unknown methods or nodes, scales that int8 cannot have, and
@@ -182,15 +200,30 @@ def quantize(
     joint = recipe.calibration == "joint" and trained is None
     observed = _with_int8_weights(source, variant) if joint else source
     move = (lambda done: progress("calibration", done, len(samples))) if progress else None
-    key = Key("calibration", variant.name, *_split(identity_of(observed, samples)))
-    with resumable(key, _require_calibration) as folder:
-        calibration = calibrate(observed, samples, folder / _CALIBRATION, batch, move)
+    calibration = _calibrated(observed, variant.name, samples, batch, move, every)
     if trained is not None:
         return _with_trained_scales(source, recipe, calibration, trained)
     found = apply(source, recipe, calibration, ranges)
     if not search_identity(recipe, device):
         return found
     return _improved(variant, found, samples, progress, device)
+
+
+def _calibrated(
+    source: Path, name: str, samples: Samples, batch: int, progress: Callable[[int], None] | None, every: bool
+) -> Calibration:
+    """From the cache; one there that is without some of the tensors gives way to one of all that are wanted."""
+    model = onnx.load(source)
+    wanted = activations(model) if every else quantizable(model)
+
+    def check(folder: Path) -> None:
+        path = folder / _CALIBRATION
+        if path.is_file():
+            Calibration.load(path).only(wanted, path)
+
+    key = Key("calibration", name, *_split(identity_of(source, samples)))
+    with resumable(key, check) as folder:
+        return calibrate(source, samples, folder / _CALIBRATION, batch, progress, wanted)
 
 
 def _with_scales_of_channels(source: Path, name: str) -> Path:
@@ -309,12 +342,6 @@ def _split(identity: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     """What went in, and the versions of programs."""
     versions = {name: identity[name] for name in ("onnxruntime", "alignment")}
     return {name: value for name, value in identity.items() if name not in versions}, versions
-
-
-def _require_calibration(folder: Path) -> None:
-    """Raises AlignError for an unfinished calibration that cannot be completed."""
-    if (folder / _CALIBRATION).is_file():
-        Calibration.load(folder / _CALIBRATION)
 
 
 def apply(

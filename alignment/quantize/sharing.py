@@ -6,7 +6,7 @@ nothing but places.  A histogram of theirs costs as much as any other, and there
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,6 +80,15 @@ def shared(model: onnx.ModelProto, names: list[str], shapes: Shapes, batch: int)
         if kept:
             found[name] = Joined(sources, kept)
     return _in_order(found)
+
+
+def followed(names: Iterable[str], joined: dict[str, Joined]) -> set[str]:
+    """These tensors and all that their statistics follow from, by what `shared` gave."""
+    found = set(names)
+    for name, whole in reversed(joined.items()):
+        if name in found:
+            found.update(whole.parts)
+    return found
 
 
 def _moved(node: onnx.NodeProto, before: tuple[int, ...], after: tuple[int, ...]) -> Channels | None:

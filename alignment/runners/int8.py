@@ -51,7 +51,7 @@ def open_int8(variant: Variant, case: Case, batch: int = 1, data: Path | None = 
     Raises:
         AlignError: for images that are missing, a model that cannot be quantized, a backend that is not here.
     """
-    quantized = quantize(variant, data)
+    quantized = quantized_for(variant, case, data)
     if case.backend == "torch":
         return _open_torch(variant, quantized)
     if case.backend == "onnxruntime":
@@ -62,6 +62,11 @@ def open_int8(variant: Variant, case: Case, batch: int = 1, data: Path | None = 
     from alignment.runners.tensorrt import TensorRTRunner
 
     return TensorRTRunner(*tensorrt_build(variant, case, quantized, batch, data))
+
+
+def quantized_for(variant: Variant, case: Case, data: Path | None = None) -> Quantized:
+    """The variant quantized by its own recipe, with what the route of an int8 case needs."""
+    return quantize(variant, data, every=case.route in ("dynamic_range", "implicit"))
 
 
 def _open_torch(variant: Variant, quantized: Quantized) -> Runner:

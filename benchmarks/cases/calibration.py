@@ -48,15 +48,16 @@ def bare(spin: bool) -> Callable[[Setting], Work]:
     return prepare
 
 
-def ours(method: str, graph: bool = True, read: bool = False) -> Callable[[Setting], Work]:
-    """Statistics of every tensor and, with `graph`, the range of each and the QDQ graph; `read`: images from files as
-    they are."""
+def ours(method: str, graph: bool = True, read: bool = False, every: bool = False) -> Callable[[Setting], Work]:
+    """Statistics of the tensors that a policy may quantize, or of every one, and, with `graph`, the range of each and
+    the QDQ graph; `read`: images from files as they are."""
 
     def prepare(setting: Setting) -> Work:
         import onnx
 
         from alignment.data.samples import Sample, Samples
         from alignment.quantize.calibrate import calibrate
+        from alignment.quantize.placement import quantizable
         from alignment.quantize.recipe import apply
 
         model, samples = model_of(setting), training_samples(setting)
@@ -71,7 +72,8 @@ def ours(method: str, graph: bool = True, read: bool = False) -> Callable[[Setti
         recipe = variant.quantization.model_copy(update={"method": method})
 
         def work() -> Path | None:
-            found = calibrate(model, chosen, _file(setting, "npz"))
+            wanted = None if every else quantizable(onnx.load(model))
+            found = calibrate(model, chosen, _file(setting, "npz"), tensors=wanted)
             if not graph:
                 return None
             path = _file(setting, "onnx")
@@ -209,7 +211,9 @@ CASE = Case(
         Contestant("ours, mse", "ours", ours("mse")),
         Contestant("ours, histogram", "ours", ours("histogram")),
         Contestant("ours, entropy", "ours", ours("entropy")),
+        Contestant("ours, mse, every tensor", "ours", ours("mse", every=True)),
         Contestant("ours, statistics of all methods alone", "ours", ours("", graph=False)),
+        Contestant("ours, statistics of every tensor alone", "ours", ours("", graph=False, every=True)),
         Contestant("ours, mse, reading and preprocessing too", "ours", ours("mse", read=True)),
         Contestant("quantize_static, MinMax", "peer", quantize_static("MinMax"), _ORT),
         Contestant("quantize_static, Entropy", "peer", quantize_static("Entropy"), _ORT),

@@ -29,7 +29,7 @@ def given(axis: str) -> Given:
 
         layers, images = (setting.size, IMAGES) if axis == "layers" else (LAYERS, setting.size)
         variant = with_quantization(load_variant(setting.variant), PLAIN | {"policy": "conv-only"})
-        whole = quantize(variant)
+        whole = quantize(variant, every=False)
         nodes = [quantizer.node for quantizer in whole.placement.weights]
         chosen = {nodes[round((place + 0.5) * len(nodes) / layers - 0.5)] for place in range(min(layers, len(nodes)))}
         quantized = replace(whole, placement=whole.placement.restricted(chosen))

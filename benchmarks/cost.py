@@ -36,8 +36,9 @@ from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
 from alignment.evaluation import detect_node_by_node
 from alignment.executor import open_executor
+from alignment.quantize.chunks import KEPT
 from alignment.quantize.recipe import Quantized, quantize
-from alignment.quantize.sweep import KEPT, sweep
+from alignment.quantize.sweep import sweep
 from alignment.storage import cache_dir
 from alignment.variant import PLAIN, Variant, load_variant, with_quantization
 

@@ -59,7 +59,7 @@ def apart(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dies", [False, True], ids=["two workers", "one of them dies"])
 def test_a_sweep_over_a_cluster_has_the_numbers_of_one_process(cluster, head, tmp_path, dies):
     def move(stage: str, done: int, total: int) -> None:
-        if dies and (stage, done) == ("layers", 3):
+        if dies and (stage, done) == ("layers", 6):
             kill_one(cluster)
 
     with open_executor(scheduler=cluster.scheduler_address) as pool:

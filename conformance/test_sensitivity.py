@@ -136,22 +136,30 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_sweep_goes_on(head, tmp_path):
-    whole, seen = head.swept(tmp_path / "whole"), []
+@pytest.mark.parametrize(
+    ("stage", "done", "kept"),
+    [("FP32", 3, 2), ("layers", 10, 2), ("layers", 29, 2), ("layers", 29, 1 << 30), ("metrics", 5, 2)],
+    ids=str,
+)
+def test_an_interrupted_sweep_goes_on(head, tmp_path, monkeypatch, stage, done, kept):
+    """In chunks of two images, or of all: after the first, after a layer of any, amid the metrics."""
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", kept if kept > 2 else 2 * per_image(head, tmp_path))
+    whole, seen = head.swept(tmp_path / "whole", 3), []
 
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if stage == "layers":
-            seen.append(done)
-            if done == 5:
-                raise Interrupted
+    def interrupt(*at: object) -> None:
+        seen.append(at[:2])
+        if at[:2] == (stage, done):
+            raise Interrupted
 
     with pytest.raises(Interrupted):
-        head.swept(tmp_path / "sweep", progress=interrupt)
-    assert Sensitivity.load(tmp_path / "sweep").layers == whole.layers[:5]
-    went_on = head.swept(tmp_path / "sweep", progress=lambda stage, done, _: stage == "layers" and seen.append(done))
-    assert went_on == whole
-    assert seen == list(range(1, len(whole.layers) + 1))
-    assert head.swept(tmp_path / "sweep", progress=lambda *_: pytest.fail("there is nothing left to do")) == whole
+        head.swept(tmp_path / "sweep", 3, progress=interrupt)
+    assert Sensitivity.load(tmp_path / "sweep").layers == whole.layers[: done if stage == "metrics" else 0]
+    assert head.swept(tmp_path / "sweep", 3, progress=lambda *at: seen.append(at[:2])) == whole
+    for what, each in (("layers", None), ("metrics", 1)):  # none is run twice
+        places = [place for name, place in seen if name == what]
+        assert places == sorted(set(places))
+        assert each is None or places == list(range(1, len(whole.layers) + 1))
+    assert head.swept(tmp_path / "sweep", 3, progress=lambda *_: pytest.fail("there is nothing left to do")) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep", "whole"]
 
 
@@ -163,13 +171,65 @@ def test_a_sweep_of_something_else_is_refused(head, tmp_path):
         head.swept(tmp_path / "sweep", 2)
 
 
-def test_layers_in_groups_where_there_is_little_room(head, tmp_path, monkeypatch):
-    groups = set()
-    monkeypatch.setattr("alignment.quantize.sweep.KEPT", 4 << 20)
-    little = head.swept(tmp_path / "little", progress=lambda stage, *_: groups.add(stage))
-    monkeypatch.undo()
-    assert little == head.swept(tmp_path / "whole")
-    assert sum(stage.startswith("tensors") for stage in groups) > 1
+def per_image(one: Subject, folder: Path) -> int:
+    """Bytes of the kept tensors of all layers on an image."""
+    sizes = []
+
+    class Spied(Chunks):
+        def fill(self) -> None:
+            sizes.append(sum(self.sizes.values()))
+            raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr("alignment.quantize.sweep.Chunks", Spied)
+        one.swept(folder / "sizes", 1)
+    shutil.rmtree(folder / "sizes.work", ignore_errors=True)
+    (folder / "sizes").unlink()
+    return sizes[0]
+
+
+@pytest.mark.parametrize("mode", ["quantize-one", "leave-one-out"])
+def test_chunks_of_any_size_give_the_same_numbers(head, tmp_path, monkeypatch, mode):
+    """Of 1, 2, 4 and all of five images; and layers in groups, where an image of all has no room, down to one each."""
+    whole, one = head.swept(tmp_path / "whole", 5, mode=mode), per_image(head, tmp_path)
+    counts = {}
+    for kept in (1, one // 3, one, 2 * one, 4 * one):
+        seen = []
+        monkeypatch.setattr("alignment.quantize.chunks.KEPT", kept)
+        move = lambda stage, done, _, seen=seen: stage == "tensors" and seen.append(done)  # noqa: E731
+        assert head.swept(tmp_path / f"{kept}", 5, mode=mode, progress=move) == whole
+        counts[kept] = len(seen)
+    assert list(counts.values())[2:] == [5, 5, 5]
+    assert counts[1] == 5 * len(whole.layers) > counts[one // 3] > 5
+
+
+def test_a_sweep_has_the_numbers_of_plain_loops(head, tmp_path, monkeypatch):
+    """One whole graph after the other, sums in the order of the images."""
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", 2 * per_image(head, tmp_path))
+    found, variant = head.swept(tmp_path / "s", 5), head.variant
+    samples = open_samples(variant, None, 5)
+
+    def outputs(graph: Path | onnx.ModelProto) -> list[Outputs]:
+        session = open_session(graph, "whole", optimize=False, threads=1)
+        names = [value.name for value in session.get_outputs()]
+        each = (session.run(names, {session.get_inputs()[0].name: sample.tensor[None]}) for sample in samples)
+        return [to_outputs(dict(zip(names, values, strict=True)), variant, 1) for values in each]
+
+    def detected(given: list[Outputs]) -> dict[int, Detections]:
+        pairs = zip(samples, given, strict=True)
+        return {sample.entry.id: detections_of(one, sample.transform, variant) for sample, one in pairs}
+
+    truth = outputs(exported(variant).onnx)
+    for layer in (found.layers[0], found.layers[-1]):
+        given, distortion, kl = outputs(head.quantized.only({layer.node}, True, True)), Distortion(), 0.0
+        for ours, theirs in zip(given, truth, strict=True):
+            for name, value in ours.raw.items():
+                distortion.add(theirs.raw[name], value)
+            kl += kl_divergence(theirs.scores[0], ours.scores[0])
+        ap, lower = (coco_ap(samples.dataset, detected(side))[0] for side in (truth, given))
+        agreement = agreement_ap(samples.dataset, detected(truth), detected(given))
+        plain = {"map": ap - lower, "agreement": 1 - agreement, "kl": kl / 5, **distortion.metrics()}
+        assert {name: layer.metrics[name] for name in plain} == plain
 
 
 @contextmanager
@@ -233,15 +293,17 @@ def test_a_scheduler_that_goes_away_is_one_line_and_what_is_done_is_kept(head, t
     with scheduler(tmp_path) as (address, process):
 
         def lose(stage: str, done: int, total: int) -> None:
-            if (stage, done) == ("layers", 3):
+            if (stage, done) == ("layers", 6):
                 process.kill()
 
         line = rf"^--scheduler {address}: it went away: start one, and run again: what is done is kept$"
         with pytest.raises(AlignError, match=line), open_executor(scheduler=address) as pool:
             head.swept(path, executor=pool, progress=lose)
     assert "Traceback" not in capfd.readouterr().err
-    assert 3 <= len(Sensitivity.load(path).layers) < 12
-    assert head.swept(path) == head.swept(tmp_path / "whole")
+    seen = []
+    went_on = head.swept(path, progress=lambda stage, done, _: stage == "layers" and seen.append(done))
+    assert seen[0] > 6
+    assert went_on == head.swept(tmp_path / "whole")
 
 
 class TestStore:
@@ -268,12 +330,15 @@ class TestStore:
             AlignError, match=r"^/dev/full: No space left on device: make room there, or set ALIGN_CACHE"
         ):
             head.swept(tmp_path / "s.json", 1)
-        assert not list(tmp_path.glob("*.work"))
+        assert not list(cache_dir().glob(".sweep-*"))
 
 
-def test_files_that_a_worker_does_not_see(tmp_path):
+def test_files_that_a_worker_does_not_see(head, tmp_path):
     with pytest.raises(AlignError, match="let every worker see ALIGN_CACHE"):
         Store(tmp_path / "elsewhere", 1).read("images")
+    dataset = open_samples(head.variant, None, 2).dataset
+    with pytest.raises(AlignError, match=r"elsewhere: tells of 0 of 2 images: let every worker see ALIGN_CACHE"):
+        judge(tmp_path / "elsewhere", tmp_path / "elsewhere", dataset, 1.0)
 
 
 class Planted(NamedTuple):

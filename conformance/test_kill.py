@@ -30,7 +30,9 @@ SMALL = {"dataset": "synthetic", "quantization": FEW, "input": {"height": 96, "w
 #: Keys of what differs between two runs of one command: dates and durations, and the digests of files that hold some.
 VOLATILE = {"created", "made", "timing", "seconds", "size", "sha256"}
 #: Names of what a command leaves only when it is killed.
-UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?|\.(sweep|scored)-.+|alignment-scratch-.+|.+\.work|units|.+\.checkpoint\.pth")
+UNFINISHED = re.compile(
+    r"\..+\.[a-z0-9_]{8}(\.\w+)?|\.(sweep|scored)-.+|alignment-scratch-.+|.+\.work|units|.+\.checkpoint\.pth"
+)
 #: At most so much of that lies there at any time: a kill adds nothing for long.
 UNFINISHED_AT_ONCE = 4
 

@@ -25,17 +25,23 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from test_placement import graphs, tiny
 
+from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
 from alignment.errors import AlignError
 from alignment.executor import open_executor
-from alignment.quantize.layer_job import Store
+from alignment.export.onnx_export import exported
+from alignment.models.outputs import Outputs, detections_of, to_outputs
+from alignment.nms.multiclass import Detections
+from alignment.quantize.chunks import Chunks
+from alignment.quantize.layer_job import Store, judge
 from alignment.quantize.placement import place
 from alignment.quantize.qdq import write_qdq
 from alignment.quantize.recipe import Quantized, quantize
-from alignment.quantize.sensitivity import METRICS, Sensitivity
+from alignment.quantize.sensitivity import METRICS, Distortion, Sensitivity, kl_divergence
 from alignment.quantize.suffix import Unchanged
 from alignment.quantize.sweep import sweep
 from alignment.runners.onnxruntime import open_session
+from alignment.storage import cache_dir
 from alignment.variant import Variant, load_variant, with_quantization
 
 pytestmark = pytest.mark.sensitivity
@@ -65,6 +71,12 @@ def yolov8() -> Subject:
 @pytest.fixture(scope="module")
 def head() -> Subject:
     return subject("yolov8_embedded", HEAD)
+
+
+@pytest.fixture(scope="module")
+def three(head, tmp_path_factory) -> Sensitivity:
+    """Its sweep over three images, all at once."""
+    return head.swept(tmp_path_factory.mktemp("three") / "s", 3)
 
 
 def both(subject: Subject, folder: Path, **asked) -> tuple[Sensitivity, Sensitivity]:
@@ -137,14 +149,14 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(
-    ("stage", "done", "kept"),
-    [("FP32", 3, 2), ("layers", 10, 2), ("layers", 29, 2), ("layers", 29, 1 << 30), ("metrics", 5, 2)],
+    ("stage", "done", "chunk"),
+    [("FP32", 3, 2), ("layers", 10, 2), ("layers", 36, 2), ("layers", 41, 2), ("layers", 30, 3), ("metrics", 5, 2)],
     ids=str,
 )
-def test_an_interrupted_sweep_goes_on(head, tmp_path, monkeypatch, stage, done, kept):
-    """In chunks of two images, or of all: after the first, after a layer of any, amid the metrics."""
-    monkeypatch.setattr("alignment.quantize.chunks.KEPT", kept if kept > 2 else 2 * per_image(head, tmp_path))
-    whole, seen = head.swept(tmp_path / "whole", 3), []
+def test_an_interrupted_sweep_goes_on(head, three, tmp_path, monkeypatch, stage, done, chunk):
+    """Eighteen layers, three images: before a chunk, amid and at the end of one, amid the metrics."""
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", chunk * per_image(head, tmp_path))
+    seen = []
 
     def interrupt(*at: object) -> None:
         seen.append(at[:2])
@@ -153,14 +165,14 @@ def test_an_interrupted_sweep_goes_on(head, tmp_path, monkeypatch, stage, done, 
 
     with pytest.raises(Interrupted):
         head.swept(tmp_path / "sweep", 3, progress=interrupt)
-    assert Sensitivity.load(tmp_path / "sweep").layers == whole.layers[: done if stage == "metrics" else 0]
-    assert head.swept(tmp_path / "sweep", 3, progress=lambda *at: seen.append(at[:2])) == whole
-    for what, each in (("layers", None), ("metrics", 1)):  # none is run twice
-        places = [place for name, place in seen if name == what]
-        assert places == sorted(set(places))
-        assert each is None or places == list(range(1, len(whole.layers) + 1))
-    assert head.swept(tmp_path / "sweep", 3, progress=lambda *_: pytest.fail("there is nothing left to do")) == whole
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep", "whole"]
+    assert Sensitivity.load(tmp_path / "sweep").layers == three.layers[: done if stage == "metrics" else 0]
+    assert head.swept(tmp_path / "sweep", 3, progress=lambda *at: seen.append(at[:2])) == three
+    places = {of: [place for name, place in seen if name == of] for of in ("layers", "metrics")}
+    first = range(chunk, 18 * chunk + 1, chunk)  # nothing is run twice
+    assert places["layers"] == [*first, *range(first[-1] + 1, 18 * 3 + 1)]
+    assert places["metrics"] == list(range(1, 18 + 1))
+    assert head.swept(tmp_path / "sweep", 3, progress=lambda *_: pytest.fail("there is nothing left to do")) == three
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
 
 
 def test_a_sweep_of_something_else_is_refused(head, tmp_path):
@@ -180,27 +192,35 @@ def per_image(one: Subject, folder: Path) -> int:
             sizes.append(sum(self.sizes.values()))
             raise Interrupted
 
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Interrupted):
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr("alignment.quantize.sweep.Chunks", Spied)
-        one.swept(folder / "sizes", 1)
-    shutil.rmtree(folder / "sizes.work", ignore_errors=True)
+        with pytest.raises(Interrupted):
+            one.swept(folder / "sizes", 1)
     (folder / "sizes").unlink()
     return sizes[0]
 
 
-@pytest.mark.parametrize("mode", ["quantize-one", "leave-one-out"])
-def test_chunks_of_any_size_give_the_same_numbers(head, tmp_path, monkeypatch, mode):
-    """Of 1, 2, 4 and all of five images; and layers in groups, where an image of all has no room, down to one each."""
-    whole, one = head.swept(tmp_path / "whole", 5, mode=mode), per_image(head, tmp_path)
-    counts = {}
-    for kept in (1, one // 3, one, 2 * one, 4 * one):
-        seen = []
-        monkeypatch.setattr("alignment.quantize.chunks.KEPT", kept)
-        move = lambda stage, done, _, seen=seen: stage == "tensors" and seen.append(done)  # noqa: E731
-        assert head.swept(tmp_path / f"{kept}", 5, mode=mode, progress=move) == whole
-        counts[kept] = len(seen)
-    assert list(counts.values())[2:] == [5, 5, 5]
-    assert counts[1] == 5 * len(whole.layers) > counts[one // 3] > 5
+@pytest.mark.parametrize(("chunk", "runs"), [(0, 3 * 18), (0.4, 3 * 4), (1, 3), (2, 3), (3, 3)], ids=str)
+def test_chunks_of_any_size_give_the_same_numbers(head, three, tmp_path, monkeypatch, chunk, runs):
+    """As many of three images as have room; where not even one has, layers in groups, down to one each.
+
+    The unchanged graph runs once an image and group.
+    """
+    seen = []
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", int(chunk * per_image(head, tmp_path)))
+    found = head.swept(tmp_path / "s", 3, progress=lambda stage, *_: seen.append(stage))
+    assert found == three
+    assert seen.count("FP32") == 3
+    assert seen.count("tensors") == runs
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_from_the_other_end(head, tmp_path, monkeypatch, chunk):
+    """Each layer taken out of the network that is all int8, whose own sums go from chunk to chunk too."""
+    whole = head.swept(tmp_path / "whole", 3, mode="leave-one-out")
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", chunk * per_image(head, tmp_path))
+    assert head.swept(tmp_path / "s", 3, mode="leave-one-out") == whole
+    assert whole.baseline["mse"] > 0
 
 
 def test_a_sweep_has_the_numbers_of_plain_loops(head, tmp_path, monkeypatch):
@@ -244,10 +264,10 @@ EXECUTORS = {"threads": lambda: ThreadPoolExecutor(2), "processes": lambda: open
 
 
 @pytest.mark.parametrize("executor", EXECUTORS.values(), ids=EXECUTORS)
-def test_workers_give_the_same_numbers(head, tmp_path, executor):
-    serial = head.swept(tmp_path / "serial")
+def test_workers_give_the_same_numbers(head, three, tmp_path, monkeypatch, executor):
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", 2 * per_image(head, tmp_path))
     with executor() as pool:
-        assert head.swept(tmp_path / "parallel", executor=pool) == serial
+        assert head.swept(tmp_path / "parallel", 3, executor=pool) == three
 
 
 def test_a_worker_that_dies_is_one_line():

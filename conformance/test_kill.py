@@ -90,7 +90,7 @@ COMMANDS = {
         ("quantize.chunks:measure",),
         lost=1,
         first="cache/entries/sensitivity/*/*.work/0",
-        constants={"quantize.chunks:KEPT": 1 << 20},
+        constants={"quantize.chunks:KEPT": 150_000},  # of one image
     ),
     # Beside the set in question a search that goes on runs the float network again.
     "partial": Long(

@@ -88,7 +88,7 @@ class Chunks:
 
     def __init__(self, plan: Plan, ledgers: Ledgers, folder: Path, run: Callable[..., Any], show: Progress) -> None:
         self.plan, self.ledgers, self.folder, self.run, self.show = plan, ledgers, folder, run, show
-        self.layers = [self._layer(node, folder / f"{place}.onnx") for place, node in enumerate(ledgers.layers)]
+        self.layers = [self._layer(place, node) for place, node in enumerate(ledgers.layers)]
         names = {name for layer in self.layers for name in layer.needs}
         self.base = _Base(plan, names)
         first = plan.samples.load(plan.samples.dataset.images[0]).tensor[None]
@@ -108,9 +108,10 @@ class Chunks:
                     shutil.rmtree(self.folder / "kept")
                 shutil.rmtree(truth.outputs.folder)
 
-    def _layer(self, node: str, path: Path) -> _Layer:
-        end = self.plan.end(node)
+    def _layer(self, place: int, node: str) -> _Layer:
+        end, path = self.plan.end(node), self.folder / f"{place}.onnx"
         onnx.save(end.model, path)
+        self.show("graphs", place + 1, len(self.ledgers.layers))
         outputs = {value.name for value in self.plan.base.graph.output}
         return _Layer(node, path, frozenset({*end.inputs, self.plan.tensor(node), *(outputs - {*end.outputs})}))
 

@@ -19,7 +19,7 @@ from alignment.data.preprocess import Transform
 from alignment.errors import AlignError
 from alignment.models.outputs import Outputs, detections_of, to_outputs
 from alignment.nms.multiclass import Detections
-from alignment.quantize.ledger import Ledger, Sums, no_room, unseen
+from alignment.quantize.ledger import Sums, no_room, told, unseen
 from alignment.quantize.sensitivity import kl_divergence
 from alignment.runners.onnxruntime import open_session
 from alignment.variant import Variant
@@ -164,7 +164,7 @@ def judge(graph: Path, reference: Path, dataset: CocoDataset, ap: float) -> dict
     """All metrics of a graph that was run on all images; of one that ends in NMS only what its detections say.
 
     Args:
-        graph: its `Ledger`.
+        graph: its `alignment.quantize.ledger.Ledger`.
         reference: that of FP32.
         dataset: the images with their annotations.
         ap: of FP32.
@@ -172,9 +172,8 @@ def judge(graph: Path, reference: Path, dataset: CocoDataset, ap: float) -> dict
     Raises:
         AlignError: for files that are not there.
     """
-    ledger = Ledger(graph)
-    truth, found = Ledger(reference).detections(dataset), ledger.detections(dataset)
+    (sums, found), (_, truth) = told(graph, dataset), told(reference, dataset)
     metrics = {"map": ap - coco_ap(dataset, found)[0], "agreement": 1 - agreement_ap(dataset, truth, found)}
-    if tensors := ledger.sums.outputs.metrics():
-        metrics |= {"kl": ledger.sums.kl / ledger.images, **tensors}
-    return metrics | ledger.sums.own.metrics("@layer")
+    if tensors := sums.outputs.metrics():
+        metrics |= {"kl": sums.kl / len(found), **tensors}
+    return metrics | sums.own.metrics("@layer")

@@ -84,12 +84,18 @@ class Ledger:
             raise no_room(self.path, error) from None
         self.images, self.sums = self.images + len(found), sums
 
-    def detections(self, dataset: CocoDataset) -> dict[int, Detections]:
-        """Image id → detections, of all images.  Raises AlignError for a file that does not tell of all of them."""
-        if self.images < len(dataset.images):
-            raise unseen(self.path, f"tells of {self.images} of {len(dataset.images)} images")
-        every = (one for _, _, found in _records(self.path) for one in found)
-        return {image.id: one for image, one in zip(dataset.images, every, strict=True)}
+
+def told(path: Path, dataset: CocoDataset) -> tuple[Sums, dict[int, Detections]]:
+    """What a ledger tells of all images: the sums, and image id → detections.
+
+    Raises:
+        AlignError: for a file that does not tell of all of them.
+    """
+    records = list(_records(path))
+    every = [one for _, _, found in records for one in found]
+    if len(every) < len(dataset.images):
+        raise unseen(path, f"tells of {len(every)} of {len(dataset.images)} images")
+    return Sums.from_array(records[-1][1]), {image.id: one for image, one in zip(dataset.images, every, strict=True)}
 
 
 def _records(path: Path) -> Iterator[tuple[int, np.ndarray, list[Detections]]]:

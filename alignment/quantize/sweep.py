@@ -23,6 +23,7 @@ from alignment.errors import AlignError
 from alignment.export.onnx_export import modules_of
 from alignment.quantize.chunks import Chunks, Ledgers, Progress
 from alignment.quantize.layer_job import judge
+from alignment.quantize.ledger import told
 from alignment.quantize.recipe import Quantized
 from alignment.quantize.sensitivity import Mode, Part, Sensitivity
 from alignment.quantize.sweep_plan import Plan, Units
@@ -118,7 +119,7 @@ def _judged(
         with temporary(cache_dir().absolute(), ".sweep-", "", folder=True) as folder:
             Chunks(plan, ledgers, folder, run, show).fill()
     dataset, modules = plan.samples.dataset, modules_of(plan.reference)
-    ap = coco_ap(dataset, ledgers.fp32.detections(dataset))[0]
+    ap = coco_ap(dataset, told(ledgers.fp32.path, dataset)[1])[0]
     tell = partial(judge, reference=ledgers.fp32.path, dataset=dataset, ap=ap)
     found = found.model_copy(update={"baseline": {"ap": ap, **tell(ledgers.unchanged.path)}})
     paths = [ledger.path for ledger in ledgers.layers.values()]

@@ -6,15 +6,16 @@ The parts are processor seconds of one thread, so that others on the machine do 
 images as ``--few`` and ``--many`` say; what grows with the images is the difference, the rest is what does not.  With I
 images, L layers, W workers, and N chunks of as many images as keep their tensors within the sweep's limit,
 
-    sweep = start + I float + L plan + I keep + L ((N + 1) send + I bytes / rate)
+    sweep = start + L plan + I (2 float + L keep) + L ((N + 1) send + I bytes / rate)
           + L (N open + close + I (layer + judge)) / min(W, L)
     score = open + close + I (image / W + judge)
 
-where float is the float network with its NMS, plan cuts and writes one layer's graph, keep runs the unchanged graph and
-writes its tensors (once a group, where layers go in groups as one image has too many), open and layer are one layer's
-graph, opened and run on one image, close and judge are its AP and agreement, send and bytes / rate is what Dask takes
-to hand a layer's tasks to a worker and their results back, and image is a network with its NMS.  Then the formula is
-held to sweeps over ``--check`` images in this process and on two workers.
+where float is the float network with its NMS, which FP32 and the unchanged graph both take, plan cuts and writes one
+layer's graph, keep writes one layer's tensors, open and layer are one layer's graph, opened and run on one image, close
+and judge are its AP and agreement, send and bytes / rate is what Dask takes to hand a layer's tasks to a worker and
+their results back, and image is a network with its NMS.  Where even one image of all layers has no room, layers go in
+groups, and the unchanged graph runs once for each.  Then the formula is held to sweeps over ``--check`` images in this
+process and on two workers.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Parts:
     def sweep(self, images: int, layers: int, workers: int, cluster: bool = True) -> float:
         """Seconds of a sweep; see above."""
         chunks, groups = self.chunks(images, layers), math.ceil(layers * self.kept / KEPT)
-        alone = self.start + images * (self.floating + groups * self.keep) + layers * self.plan
+        alone = self.start + layers * self.plan + images * ((1 + groups) * self.floating + layers * self.keep)
         sent = layers * ((chunks + 1) * self.send + images * self.bytes / self.rate) if cluster else 0.0
         shared = layers * (chunks * self.open + self.close + images * (self.layer + self.judge))
         return alone + sent + shared / min(workers, layers)
@@ -179,7 +180,7 @@ def parts_of(variant: Variant, quantized: Quantized, few: int, many: int) -> Par
         start=sum(max(0.0, more.seconds[stage][0] - more.step(stage)) for stage in more.seconds),
         floating=more.step("FP32"),
         plan=more.step("graphs"),
-        keep=more.step("tensors"),
+        keep=max(0.0, more.step("tensors") - more.step("FP32")) / layers,
         open=max(0.0, more.step("layers") - many * layer),
         layer=layer,
         close=max(0.0, more.step("metrics") - many * judge),

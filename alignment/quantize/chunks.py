@@ -10,7 +10,7 @@ a sweep that was interrupted.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,17 @@ KEPT = 2 << 30
 
 @dataclass(frozen=True)
 class Ledgers:
-    """What graphs have come to so far, on FP32's and the unchanged one's part, and by layer."""
+    """What graphs have come to so far: FP32's, the unchanged one, and those of layers by node."""
 
     fp32: Ledger
     unchanged: Ledger
     layers: dict[str, Ledger]
 
     @classmethod
-    def open(cls, folder: Path, layers: Mapping[str, int]) -> Ledgers:
-        """Those of a folder, that need not be there, for layers and their places in the graph."""
-        opened = {node: Ledger(folder / f"{place}") for node, place in layers.items()}
-        return cls(Ledger(folder / "fp32"), Ledger(folder / "unchanged"), opened)
+    def open(cls, folder: Path, nodes: Sequence[str], done: Collection[str]) -> Ledgers:
+        """Those in a folder, which need not be there, of all layers but those that are done."""
+        layers = {node: Ledger(folder / f"{place}") for place, node in enumerate(nodes) if node not in done}
+        return cls(Ledger(folder / "fp32"), Ledger(folder / "unchanged"), layers)
 
     @property
     def images(self) -> list[int]:

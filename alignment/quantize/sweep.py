@@ -10,7 +10,7 @@ are the same to the bit for any number of workers, and the same as those of whol
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -85,8 +85,9 @@ def _completed(
     plan: Plan, path: Path, executor: Executor | None, progress: Progress | None
 ) -> tuple[Sensitivity, Path]:
     """The sweep of a checkpoint with all layers, and where it is kept."""
-    path = path.absolute()  # as workers may run elsewhere
-    with locked(path):
+    path, cache = path.absolute(), cache_dir().absolute()  # as workers may run elsewhere
+    # The folder is made in any case, as what a sweep that was killed has left goes then.
+    with locked(path), temporary(cache, ".sweep-", "", folder=True) as folder:
         work = path.with_name(f"{path.name}.work")
         if path.is_file():
             found = Sensitivity.load(path)
@@ -96,7 +97,11 @@ def _completed(
             found = plan.empty()
             found.save(path)
         if len(found.layers) < len(plan.nodes):
-            found = _judged(plan, found, work, path, executor, progress or (lambda stage, done, total: None))
+            ledgers = Ledgers.open(work, plan.nodes, {layer.node for layer in found.layers})
+            run, show = executor.map if executor else map, progress or (lambda stage, done, total: None)
+            if min(ledgers.images) < len(plan.samples):
+                Chunks(plan, ledgers, folder, run, show).fill()
+            found = _judged(plan, ledgers, found, path, run, show)
         shutil.rmtree(work, ignore_errors=True)
     return found, path
 
@@ -109,15 +114,9 @@ def _require(found: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> 
 
 
 def _judged(
-    plan: Plan, found: Sensitivity, work: Path, path: Path, executor: Executor | None, show: Progress
+    plan: Plan, ledgers: Ledgers, found: Sensitivity, path: Path, run: Callable[..., Any], show: Progress
 ) -> Sensitivity:
     """`found` with the layers that it lacks; it is written after every one."""
-    done, run = {layer.node for layer in found.layers}, executor.map if executor else map
-    ledgers = Ledgers.open(work, {node: place for place, node in enumerate(plan.nodes) if node not in done})
-    if min(ledgers.images) < len(plan.samples):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with temporary(cache_dir().absolute(), ".sweep-", "", folder=True) as folder:
-            Chunks(plan, ledgers, folder, run, show).fill()
     dataset, modules = plan.samples.dataset, modules_of(plan.reference)
     ap = coco_ap(dataset, told(ledgers.fp32.path, dataset)[1])[0]
     tell = partial(judge, reference=ledgers.fp32.path, dataset=dataset, ap=ap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -79,6 +80,12 @@ def three(head, tmp_path_factory) -> Sensitivity:
     return head.swept(tmp_path_factory.mktemp("three") / "s", 3)
 
 
+@pytest.fixture(scope="module")
+def size(head, tmp_path_factory) -> int:
+    """Bytes of its kept tensors on an image."""
+    return per_image(head, tmp_path_factory.mktemp("size"))
+
+
 def both(subject: Subject, folder: Path, **asked) -> tuple[Sensitivity, Sensitivity]:
     """The sweep with shared prefixes, and that of whole graphs."""
     return subject.swept(folder / "shared", 1, **asked), subject.swept(folder / "plain", 1, share=False, **asked)
@@ -153,9 +160,9 @@ class Interrupted(Exception):
     [("FP32", 3, 2), ("layers", 10, 2), ("layers", 36, 2), ("layers", 41, 2), ("layers", 30, 3), ("metrics", 5, 2)],
     ids=str,
 )
-def test_an_interrupted_sweep_goes_on(head, three, tmp_path, monkeypatch, stage, done, chunk):
+def test_an_interrupted_sweep_goes_on(head, three, size, tmp_path, monkeypatch, stage, done, chunk):
     """Eighteen layers, three images: before a chunk, amid and at the end of one, amid the metrics."""
-    monkeypatch.setattr("alignment.quantize.chunks.KEPT", chunk * per_image(head, tmp_path))
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", chunk * size)
     seen = []
 
     def interrupt(*at: object) -> None:
@@ -201,13 +208,13 @@ def per_image(one: Subject, folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("chunk", "runs"), [(0, 3 * 18), (0.4, 3 * 4), (1, 3), (2, 3), (3, 3)], ids=str)
-def test_chunks_of_any_size_give_the_same_numbers(head, three, tmp_path, monkeypatch, chunk, runs):
+def test_chunks_of_any_size_give_the_same_numbers(head, three, size, tmp_path, monkeypatch, chunk, runs):
     """As many of three images as have room; where not even one has, layers in groups, down to one each.
 
     The unchanged graph runs once an image and group.
     """
     seen = []
-    monkeypatch.setattr("alignment.quantize.chunks.KEPT", int(chunk * per_image(head, tmp_path)))
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", int(chunk * size))
     found = head.swept(tmp_path / "s", 3, progress=lambda stage, *_: seen.append(stage))
     assert found == three
     assert seen.count("FP32") == 3
@@ -215,17 +222,17 @@ def test_chunks_of_any_size_give_the_same_numbers(head, three, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_chunks_from_the_other_end(head, tmp_path, monkeypatch, chunk):
+def test_chunks_from_the_other_end(head, size, tmp_path, monkeypatch, chunk):
     """Each layer taken out of the network that is all int8, whose own sums go from chunk to chunk too."""
     whole = head.swept(tmp_path / "whole", 3, mode="leave-one-out")
-    monkeypatch.setattr("alignment.quantize.chunks.KEPT", chunk * per_image(head, tmp_path))
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", chunk * size)
     assert head.swept(tmp_path / "s", 3, mode="leave-one-out") == whole
     assert whole.baseline["mse"] > 0
 
 
-def test_a_sweep_has_the_numbers_of_plain_loops(head, tmp_path, monkeypatch):
+def test_a_sweep_has_the_numbers_of_plain_loops(head, size, tmp_path, monkeypatch):
     """One whole graph after the other, sums in the order of the images."""
-    monkeypatch.setattr("alignment.quantize.chunks.KEPT", 2 * per_image(head, tmp_path))
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", 2 * size)
     found, variant = head.swept(tmp_path / "s", 5), head.variant
     samples = open_samples(variant, None, 5)
 
@@ -264,8 +271,8 @@ EXECUTORS = {"threads": lambda: ThreadPoolExecutor(2), "processes": lambda: open
 
 
 @pytest.mark.parametrize("executor", EXECUTORS.values(), ids=EXECUTORS)
-def test_workers_give_the_same_numbers(head, three, tmp_path, monkeypatch, executor):
-    monkeypatch.setattr("alignment.quantize.chunks.KEPT", 2 * per_image(head, tmp_path))
+def test_workers_give_the_same_numbers(head, three, size, tmp_path, monkeypatch, executor):
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", 2 * size)
     with executor() as pool:
         assert head.swept(tmp_path / "parallel", 3, executor=pool) == three
 
@@ -422,6 +429,13 @@ def test_leaving_a_fault_out_wins_most(clean, tmp_path):
     assert {found.ranking(metric)[0] for metric in ALL} == {NECK}
     left_out = next(layer.metrics for layer in found.layers if layer.node == NECK)
     assert left_out["agreement"] < found.baseline["agreement"]
+
+
+def test_values_that_are_not_finite_are_one_line(head, tmp_path, monkeypatch):
+    """None is ranked by them; scales that give some are refused before, so that here a metric has one."""
+    monkeypatch.setattr("alignment.quantize.layer_job.kl_divergence", lambda reference, subject: math.nan)
+    with pytest.raises(AlignError, match="in int8 the network gives values that are not finite: run `align layers`"):
+        head.swept(tmp_path / "s", 1)
 
 
 def test_a_class_score_does_not_see_a_box(clean):

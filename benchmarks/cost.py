@@ -4,15 +4,18 @@
 
 The parts are processor seconds of one thread, so that others on the machine do not count, of two sweeps over as many
 images as ``--few`` and ``--many`` say; what grows with the images is the difference, the rest is what does not.  With I
-images, L layers, W workers and G groups of layers, as many as keep their tensors within the sweep's limit,
+images, L layers, W workers, and N chunks of as many images as keep their tensors within the sweep's limit,
 
-    sweep = start + I float + L plan + G I keep + L (send + I bytes / rate) + L (open + I layer) / min(W, L / G)
-    score = open + I (image / W + judge)
+    sweep = start + L plan + I (2 float + L keep) + L ((N + 1) send + I bytes / rate)
+          + L (N open + close + I (layer + judge)) / min(W, L)
+    score = open + close + I (image / W + judge)
 
-where float is the float network with its NMS, plan cuts and writes one layer's graph, keep runs the unchanged graph and
-writes its tensors, open and layer are one layer's graph, opened and run on one image, send and bytes / rate is what
-Dask takes to hand a layer to a worker, image is a network with its NMS, and judge is AP and agreement.  Then the
-formula is held to sweeps over ``--check`` images in this process and on two workers.
+where float is the float network with its NMS, which FP32 and the unchanged graph both take, plan cuts and writes one
+layer's graph, keep writes one layer's tensors, open and layer are one layer's graph, opened and run on one image, close
+and judge are its AP and agreement, send and bytes / rate is what Dask takes to hand a layer's tasks to a worker and
+their results back, and image is a network with its NMS.  Where even one image of all layers has no room, layers go in
+groups, and the unchanged graph runs once for each.  Then the formula is held to sweeps over ``--check`` images in this
+process and on two workers.
 """
 
 from __future__ import annotations
@@ -26,18 +29,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
 
-from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
 from alignment.evaluation import detect_node_by_node
 from alignment.executor import open_executor
+from alignment.quantize.chunks import KEPT
+from alignment.quantize.layer_job import Job
 from alignment.quantize.recipe import Quantized, quantize
-from alignment.quantize.sweep import KEPT, sweep
+from alignment.quantize.sweep import sweep
 from alignment.storage import cache_dir
 from alignment.variant import PLAIN, Variant, load_variant, with_quantization
 
@@ -46,7 +51,8 @@ TASKS = 20
 
 @dataclass(frozen=True)
 class Parts:
-    """What was measured: seconds; `kept` is bytes of a layer's tensors on an image, `bytes` of a task an image."""
+    """What was measured: seconds; `kept` is bytes of a layer's tensors on an image, `bytes` of what is sent for it, and
+    `told` of its detections in a ledger."""
 
     start: float
     floating: float
@@ -54,86 +60,79 @@ class Parts:
     keep: float
     open: float
     layer: float
+    close: float
+    judge: float
     kept: float
+    told: float
     bytes: float
     send: float
     rate: float
     image: float
-    judge: float
 
-    def groups(self, images: int, layers: int) -> int:
-        """How many groups the layers go in."""
-        return min(layers, max(1, math.ceil(layers * images * self.kept / KEPT)))
+    def chunks(self, images: int, layers: int) -> int:
+        """How many chunks the images go in."""
+        return math.ceil(images / max(1, int(KEPT / (layers * self.kept))))
 
     def sweep(self, images: int, layers: int, workers: int, cluster: bool = True) -> float:
         """Seconds of a sweep; see above."""
-        groups = self.groups(images, layers)
-        alone = self.start + images * self.floating + layers * self.plan + groups * images * self.keep
-        sent = layers * (self.send + images * self.bytes / self.rate) if cluster else 0.0
-        return alone + sent + layers * (self.open + images * self.layer) / min(workers, layers / groups)
+        chunks, groups = self.chunks(images, layers), math.ceil(layers * self.kept / KEPT)
+        alone = self.start + layers * self.plan + images * ((1 + groups) * self.floating + layers * self.keep)
+        sent = layers * ((chunks + 1) * self.send + images * self.bytes / self.rate) if cluster else 0.0
+        shared = layers * (chunks * self.open + self.close + images * (self.layer + self.judge))
+        return alone + sent + shared / min(workers, layers)
 
     def score(self, images: int, workers: int) -> float:
         """Seconds of one network's AP and agreement."""
-        return self.open + images * (self.image / workers + self.judge)
+        return self.open + self.close + images * (self.image / workers + self.judge)
 
 
 @dataclass
 class Watched(Executor):
-    """This process, with the size of a task."""
+    """This process, with the bytes of a layer's tasks and results, of its detections, and of all kept tensors."""
 
-    size: int = 0
+    sent: int = 0
+    told: int = 0
+    kept: int = 0
 
     def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], **_: Any) -> Iterator[Any]:
         """One by one."""
-        (jobs,) = map(list, iterables)
-        self.size = len(pickle.dumps(jobs[0]))
-        return map(fn, jobs)
+        (tasks,) = map(list, iterables)
+        self.sent += len(pickle.dumps((fn, tasks[0])))
+        if isinstance(tasks[0], Job):
+            self.kept = sum(path.stat().st_size for path in tasks[0].kept.folder.iterdir())
+        for place, result in enumerate(map(fn, tasks)):
+            if not place and isinstance(tasks[0], Job):
+                self.told = len(pickle.dumps(result))
+            yield result
 
 
 @dataclass
 class Swept:
-    """A sweep, by stage: processor seconds; bytes of all kept tensors, and of a task."""
+    """A sweep: processor seconds by stage, and how often each was told of."""
 
     images: int
-    layers: int = 0
-    whole: float = 0.0
-    floating: float = 0.0
-    plan: float = 0.0
-    keep: float = 0.0
-    run: float = 0.0
-    kept: int = 0
-    task: int = 0
+    watched: Watched = field(default_factory=Watched)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def step(self, stage: str) -> float:
+        """Seconds of a step of a stage, the first left out, which other things precede."""
+        return mean(self.seconds[stage][1:])
 
 
 def measured(variant: Variant, quantized: Quantized, images: int) -> Swept:
-    """One sweep in this process, all layers of which go in one group."""
-    found, executor, last = Swept(images), Watched(), time.process_time()
+    """One sweep in this process, all images of which go in one chunk."""
+    found, last = Swept(images), time.process_time()
+
+    def move(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        passed, last = time.process_time() - last, time.process_time()
+        found.seconds.setdefault(stage, []).append(passed)
+
     with _folder() as folder:
-
-        def move(stage: str, done: int, total: int) -> None:
-            nonlocal last
-            passed, last = time.process_time() - last, time.process_time()
-            if stage == "FP32":
-                found.floating += passed
-            elif stage == "layers":
-                found.run, found.layers = found.run + passed, total
-            elif done == 1:
-                found.plan += passed
-            else:
-                found.keep += passed
-                found.kept = sum(path.stat().st_size for path in (folder / "sweep.work" / "kept").iterdir())
-
-        start = time.process_time()
-        sweep(
-            variant,
-            quantized,
-            open_samples(variant, None, images),
-            path=folder / "sweep.json",
-            executor=executor,
-            progress=move,
-        )
-        found.whole = time.process_time() - start
-    found.task = executor.size
+        samples = open_samples(variant, None, images)
+        sweep(variant, quantized, samples, path=folder / "sweep.json", executor=found.watched, progress=move)
+    assert len(found.seconds["tensors"]) == images
+    assert len(found.seconds["layers"]) == len(found.seconds["graphs"])
     return found
 
 
@@ -160,41 +159,38 @@ def _sent(size: int) -> tuple[float, float]:
     return seconds[1], size / max(seconds[2] - seconds[1], 1e-9)
 
 
-def _scored(variant: Variant, quantized: Quantized, images: int) -> tuple[float, float]:
-    """Seconds of one image through a network with its NMS, and of judging it."""
-    samples = open_samples(variant, None, images)
+def _scored(variant: Variant, quantized: Quantized, images: int) -> float:
+    """Seconds of one image through a network with its NMS."""
     start = time.process_time()
-    found = detect_node_by_node(quantized.source, samples)
-    middle = time.process_time()
-    coco_ap(samples.dataset, found)
-    agreement_ap(samples.dataset, found, found)
-    return (middle - start) / images, (time.process_time() - middle) / images
+    detect_node_by_node(quantized.source, open_samples(variant, None, images))
+    return (time.process_time() - start) / images
 
 
 def parts_of(variant: Variant, quantized: Quantized, few: int, many: int) -> Parts:
     """All parts."""
     less, more = (measured(variant, quantized, images) for images in (few, many))
-    layers = more.layers
+    layers, watched, before = len(more.seconds["graphs"]), more.watched, less.watched
 
-    def grows(name: str) -> float:
-        return max(0.0, (getattr(more, name) - getattr(less, name)) / (many - few))
+    def grows(stage: str) -> float:
+        return max(0.0, (more.step(stage) - less.step(stage)) / (many - few))
 
-    layer = grows("run") / layers
-    send, rate = _sent(max(more.task, 1 << 20))
-    image, judge = _scored(variant, quantized, many)
+    layer, judge = grows("layers"), grows("metrics")
+    send, rate = _sent(max(watched.sent, 1 << 20))
     return Parts(
-        start=max(0.0, more.floating - many * grows("floating")),
-        floating=grows("floating"),
-        plan=more.plan / layers,
-        keep=more.keep / max(1, many - 1),
-        open=max(0.0, more.run / layers - many * layer),
+        start=sum(max(0.0, more.seconds[stage][0] - more.step(stage)) for stage in more.seconds),
+        floating=more.step("FP32"),
+        plan=more.step("graphs"),
+        keep=max(0.0, more.step("tensors") - more.step("FP32")) / layers,
+        open=max(0.0, more.step("layers") - many * layer),
         layer=layer,
-        kept=more.kept / layers / many,
-        bytes=max(0.0, (more.task - less.task) / (many - few)),
+        close=max(0.0, more.step("metrics") - many * judge),
+        judge=judge,
+        kept=watched.kept / layers / many,
+        told=watched.told / many,
+        bytes=max(0.0, watched.sent + watched.told - before.sent - before.told) / (many - few),
         send=send,
         rate=rate,
-        image=image,
-        judge=judge,
+        image=_scored(variant, quantized, many),
     )
 
 
@@ -241,7 +237,8 @@ def main(
         "layers measured": own,
         "parts": {key: float(f"{value:.4g}") for key, value in asdict(parts).items()},
         "check: formula, formula for 1, processor s, clock s": check(variant, quantized, checked, parts, own),
-        "groups": parts.groups(images, layers),
+        "chunks": {str(count): parts.chunks(count, layers) for count in (64, images)},
+        "detections, GB": round(parts.told * images * layers / 1e9, 1),
         "sweep, hours": {str(w): round(parts.sweep(images, layers, w) / 3600, 2) for w in counts},
         "sweep, hours, 64 images": {str(w): round(parts.sweep(64, layers, w) / 3600, 3) for w in counts},
         "score, minutes": {str(w): round(parts.score(images, w) / 60, 2) for w in counts},

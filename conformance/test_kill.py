@@ -30,7 +30,9 @@ SMALL = {"dataset": "synthetic", "quantization": FEW, "input": {"height": 96, "w
 #: Keys of what differs between two runs of one command: dates and durations, and the digests of files that hold some.
 VOLATILE = {"created", "made", "timing", "seconds", "size", "sha256"}
 #: Names of what a command leaves only when it is killed.
-UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?|alignment-scratch-.+|.+\.work|units|.+\.checkpoint\.pth")
+UNFINISHED = re.compile(
+    r"\..+\.[a-z0-9_]{8}(\.\w+)?|\.(sweep|scored)-.+|alignment-scratch-.+|.+\.work|units|.+\.checkpoint\.pth"
+)
 #: At most so much of that lies there at any time: a kill adds nothing for long.
 UNFINISHED_AT_ONCE = 4
 
@@ -85,14 +87,15 @@ COMMANDS = {
     ),
     "sensitivity": Long(
         "sensitivity planted.yaml --images 2 --out out/found.json",
-        ("quantize.sweep:measure",),
+        ("quantize.chunks:measure",),
         lost=1,
-        first="cache/entries/sensitivity/*/*.sensitivity.json",
+        first="cache/entries/sensitivity/*/*.work/0",
+        constants={"quantize.chunks:KEPT": 150_000},  # of one image
     ),
     # Beside the set in question a search that goes on runs the float network again.
     "partial": Long(
         "partial planted.yaml --images 2 --layers 1 --tries 2 --swaps 1 --out out",
-        ("quantize.sweep:measure", "quantize.scoring:Scorer.detect"),
+        ("quantize.chunks:measure", "quantize.scoring:Scorer.detect"),
         lost=2,
         first="cache/entries/score/*",
     ),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from command_line import align, one_line, variant_file
-from test_sensitivity import HEAD, subject
+from test_sensitivity import HEAD, per_image, subject
 
 from alignment.evaluation import PIECE
 from alignment.executor import open_executor
@@ -57,13 +57,17 @@ def apart(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["two workers", "one of them dies"])
-def test_a_sweep_over_a_cluster_has_the_numbers_of_one_process(cluster, head, tmp_path, dies):
+def test_a_sweep_over_a_cluster_has_the_numbers_of_one_process(cluster, head, tmp_path, monkeypatch, dies):
+    """There in chunks of two images and of one, here all at once."""
+    alone = head.swept(tmp_path / "alone", 3)
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", 2 * per_image(head, tmp_path))
+
     def move(stage: str, done: int, total: int) -> None:
-        if dies and (stage, done) == ("layers", 3):
+        if dies and (stage, done) == ("layers", 6):
             kill_one(cluster)
 
     with open_executor(scheduler=cluster.scheduler_address) as pool:
-        assert head.swept(tmp_path / "shared", executor=pool, progress=move) == head.swept(tmp_path / "alone")
+        assert head.swept(tmp_path / "shared", 3, executor=pool, progress=move) == alone
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["two workers", "one of them dies"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,17 +26,23 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from test_placement import graphs, tiny
 
+from alignment.compare.coco_map import agreement_ap, coco_ap
 from alignment.data.samples import open_samples
 from alignment.errors import AlignError
 from alignment.executor import open_executor
-from alignment.quantize.layer_job import Store
+from alignment.export.onnx_export import exported
+from alignment.models.outputs import Outputs, detections_of, to_outputs
+from alignment.nms.multiclass import Detections
+from alignment.quantize.chunks import Chunks
+from alignment.quantize.layer_job import Store, judge
 from alignment.quantize.placement import place
 from alignment.quantize.qdq import write_qdq
 from alignment.quantize.recipe import Quantized, quantize
-from alignment.quantize.sensitivity import METRICS, Sensitivity
+from alignment.quantize.sensitivity import METRICS, Distortion, Sensitivity, kl_divergence
 from alignment.quantize.suffix import Unchanged
 from alignment.quantize.sweep import sweep
 from alignment.runners.onnxruntime import open_session
+from alignment.storage import cache_dir
 from alignment.variant import Variant, load_variant, with_quantization
 
 pytestmark = pytest.mark.sensitivity
@@ -65,6 +72,18 @@ def yolov8() -> Subject:
 @pytest.fixture(scope="module")
 def head() -> Subject:
     return subject("yolov8_embedded", HEAD)
+
+
+@pytest.fixture(scope="module")
+def three(head, tmp_path_factory) -> Sensitivity:
+    """Its sweep over three images, all at once."""
+    return head.swept(tmp_path_factory.mktemp("three") / "s", 3)
+
+
+@pytest.fixture(scope="module")
+def size(head, tmp_path_factory) -> int:
+    """Bytes of its kept tensors on an image."""
+    return per_image(head, tmp_path_factory.mktemp("size"))
 
 
 def both(subject: Subject, folder: Path, **asked) -> tuple[Sensitivity, Sensitivity]:
@@ -136,23 +155,31 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_sweep_goes_on(head, tmp_path):
-    whole, seen = head.swept(tmp_path / "whole"), []
+@pytest.mark.parametrize(
+    ("stage", "done", "chunk"),
+    [("FP32", 3, 2), ("layers", 10, 2), ("layers", 36, 2), ("layers", 41, 2), ("layers", 30, 3), ("metrics", 5, 2)],
+    ids=str,
+)
+def test_an_interrupted_sweep_goes_on(head, three, size, tmp_path, monkeypatch, stage, done, chunk):
+    """Eighteen layers, three images: before a chunk, amid and at the end of one, amid the metrics."""
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", chunk * size)
+    seen = []
 
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if stage == "layers":
-            seen.append(done)
-            if done == 5:
-                raise Interrupted
+    def interrupt(*at: object) -> None:
+        seen.append(at[:2])
+        if at[:2] == (stage, done):
+            raise Interrupted
 
     with pytest.raises(Interrupted):
-        head.swept(tmp_path / "sweep", progress=interrupt)
-    assert Sensitivity.load(tmp_path / "sweep").layers == whole.layers[:5]
-    went_on = head.swept(tmp_path / "sweep", progress=lambda stage, done, _: stage == "layers" and seen.append(done))
-    assert went_on == whole
-    assert seen == list(range(1, len(whole.layers) + 1))
-    assert head.swept(tmp_path / "sweep", progress=lambda *_: pytest.fail("there is nothing left to do")) == whole
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep", "whole"]
+        head.swept(tmp_path / "sweep", 3, progress=interrupt)
+    assert Sensitivity.load(tmp_path / "sweep").layers == three.layers[: done if stage == "metrics" else 0]
+    assert head.swept(tmp_path / "sweep", 3, progress=lambda *at: seen.append(at[:2])) == three
+    places = {of: [place for name, place in seen if name == of] for of in ("layers", "metrics")}
+    first = range(chunk, 18 * chunk + 1, chunk)  # nothing is run twice
+    assert places["layers"] == [*first, *range(first[-1] + 1, 18 * 3 + 1)]
+    assert places["metrics"] == list(range(1, 18 + 1))
+    assert head.swept(tmp_path / "sweep", 3, progress=lambda *_: pytest.fail("there is nothing left to do")) == three
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
 
 
 def test_a_sweep_of_something_else_is_refused(head, tmp_path):
@@ -163,13 +190,73 @@ def test_a_sweep_of_something_else_is_refused(head, tmp_path):
         head.swept(tmp_path / "sweep", 2)
 
 
-def test_layers_in_groups_where_there_is_little_room(head, tmp_path, monkeypatch):
-    groups = set()
-    monkeypatch.setattr("alignment.quantize.sweep.KEPT", 4 << 20)
-    little = head.swept(tmp_path / "little", progress=lambda stage, *_: groups.add(stage))
-    monkeypatch.undo()
-    assert little == head.swept(tmp_path / "whole")
-    assert sum(stage.startswith("tensors") for stage in groups) > 1
+def per_image(one: Subject, folder: Path) -> int:
+    """Bytes of the kept tensors of all layers on an image."""
+    sizes = []
+
+    class Spied(Chunks):
+        def fill(self) -> None:
+            sizes.append(sum(self.sizes.values()))
+            raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("alignment.quantize.sweep.Chunks", Spied)
+        with pytest.raises(Interrupted):
+            one.swept(folder / "sizes", 1)
+    (folder / "sizes").unlink()
+    return sizes[0]
+
+
+@pytest.mark.parametrize(("chunk", "runs"), [(0, 3 * 18), (0.4, 3 * 4), (1, 3), (2, 3), (3, 3)], ids=str)
+def test_chunks_of_any_size_give_the_same_numbers(head, three, size, tmp_path, monkeypatch, chunk, runs):
+    """As many of three images as have room; where not even one has, layers in groups, down to one each.
+
+    The unchanged graph runs once an image and group.
+    """
+    seen = []
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", int(chunk * size))
+    found = head.swept(tmp_path / "s", 3, progress=lambda stage, *_: seen.append(stage))
+    assert found == three
+    assert seen.count("FP32") == 3
+    assert seen.count("tensors") == runs
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_from_the_other_end(head, size, tmp_path, monkeypatch, chunk):
+    """Each layer taken out of the network that is all int8, whose own sums go from chunk to chunk too."""
+    whole = head.swept(tmp_path / "whole", 3, mode="leave-one-out")
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", chunk * size)
+    assert head.swept(tmp_path / "s", 3, mode="leave-one-out") == whole
+    assert whole.baseline["mse"] > 0
+
+
+def test_a_sweep_has_the_numbers_of_plain_loops(head, size, tmp_path, monkeypatch):
+    """One whole graph after the other, sums in the order of the images."""
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", 2 * size)
+    found, variant = head.swept(tmp_path / "s", 5), head.variant
+    samples = open_samples(variant, None, 5)
+
+    def outputs(graph: Path | onnx.ModelProto) -> list[Outputs]:
+        session = open_session(graph, "whole", optimize=False, threads=1)
+        names = [value.name for value in session.get_outputs()]
+        each = (session.run(names, {session.get_inputs()[0].name: sample.tensor[None]}) for sample in samples)
+        return [to_outputs(dict(zip(names, values, strict=True)), variant, 1) for values in each]
+
+    def detected(given: list[Outputs]) -> dict[int, Detections]:
+        pairs = zip(samples, given, strict=True)
+        return {sample.entry.id: detections_of(one, sample.transform, variant) for sample, one in pairs}
+
+    truth = outputs(exported(variant).onnx)
+    for layer in (found.layers[0], found.layers[-1]):
+        given, distortion, kl = outputs(head.quantized.only({layer.node}, True, True)), Distortion(), 0.0
+        for ours, theirs in zip(given, truth, strict=True):
+            for name, value in ours.raw.items():
+                distortion.add(theirs.raw[name], value)
+            kl += kl_divergence(theirs.scores[0], ours.scores[0])
+        ap, lower = (coco_ap(samples.dataset, detected(side))[0] for side in (truth, given))
+        agreement = agreement_ap(samples.dataset, detected(truth), detected(given))
+        plain = {"map": ap - lower, "agreement": 1 - agreement, "kl": kl / 5, **distortion.metrics()}
+        assert {name: layer.metrics[name] for name in plain} == plain
 
 
 @contextmanager
@@ -184,10 +271,10 @@ EXECUTORS = {"threads": lambda: ThreadPoolExecutor(2), "processes": lambda: open
 
 
 @pytest.mark.parametrize("executor", EXECUTORS.values(), ids=EXECUTORS)
-def test_workers_give_the_same_numbers(head, tmp_path, executor):
-    serial = head.swept(tmp_path / "serial")
+def test_workers_give_the_same_numbers(head, three, size, tmp_path, monkeypatch, executor):
+    monkeypatch.setattr("alignment.quantize.chunks.KEPT", 2 * size)
     with executor() as pool:
-        assert head.swept(tmp_path / "parallel", executor=pool) == serial
+        assert head.swept(tmp_path / "parallel", 3, executor=pool) == three
 
 
 def test_a_worker_that_dies_is_one_line():
@@ -233,15 +320,17 @@ def test_a_scheduler_that_goes_away_is_one_line_and_what_is_done_is_kept(head, t
     with scheduler(tmp_path) as (address, process):
 
         def lose(stage: str, done: int, total: int) -> None:
-            if (stage, done) == ("layers", 3):
+            if (stage, done) == ("layers", 6):
                 process.kill()
 
         line = rf"^--scheduler {address}: it went away: start one, and run again: what is done is kept$"
         with pytest.raises(AlignError, match=line), open_executor(scheduler=address) as pool:
             head.swept(path, executor=pool, progress=lose)
     assert "Traceback" not in capfd.readouterr().err
-    assert 3 <= len(Sensitivity.load(path).layers) < 12
-    assert head.swept(path) == head.swept(tmp_path / "whole")
+    seen = []
+    went_on = head.swept(path, progress=lambda stage, done, _: stage == "layers" and seen.append(done))
+    assert seen[0] > 6
+    assert went_on == head.swept(tmp_path / "whole")
 
 
 class TestStore:
@@ -268,12 +357,15 @@ class TestStore:
             AlignError, match=r"^/dev/full: No space left on device: make room there, or set ALIGN_CACHE"
         ):
             head.swept(tmp_path / "s.json", 1)
-        assert not list(tmp_path.glob("*.work"))
+        assert not list(cache_dir().glob(".sweep-*"))
 
 
-def test_files_that_a_worker_does_not_see(tmp_path):
+def test_files_that_a_worker_does_not_see(head, tmp_path):
     with pytest.raises(AlignError, match="let every worker see ALIGN_CACHE"):
         Store(tmp_path / "elsewhere", 1).read("images")
+    dataset = open_samples(head.variant, None, 2).dataset
+    with pytest.raises(AlignError, match=r"elsewhere: tells of 0 of 2 images: let every worker see ALIGN_CACHE"):
+        judge(tmp_path / "elsewhere", tmp_path / "elsewhere", dataset, 1.0)
 
 
 class Planted(NamedTuple):
@@ -337,6 +429,13 @@ def test_leaving_a_fault_out_wins_most(clean, tmp_path):
     assert {found.ranking(metric)[0] for metric in ALL} == {NECK}
     left_out = next(layer.metrics for layer in found.layers if layer.node == NECK)
     assert left_out["agreement"] < found.baseline["agreement"]
+
+
+def test_values_that_are_not_finite_are_one_line(head, tmp_path, monkeypatch):
+    """None is ranked by them; scales that give some are refused before, so that here a metric has one."""
+    monkeypatch.setattr("alignment.quantize.layer_job.kl_divergence", lambda reference, subject: math.nan)
+    with pytest.raises(AlignError, match="in int8 the network gives values that are not finite: run `align layers`"):
+        head.swept(tmp_path / "s", 1)
 
 
 def test_a_class_score_does_not_see_a_box(clean):

@@ -36,6 +36,7 @@ def metrics_of(*pairs: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
     return found.metrics()
 
 
+@settings(deadline=None)  # the first example imports torch
 @given(TENSORS)
 def test_one_pair_is_the_formula(pair):
     torch = pytest.importorskip("torch")

@@ -61,9 +61,9 @@ class Samples:
     def __iter__(self) -> Iterator[Sample]:
         return self.after(0)
 
-    def after(self, count: int) -> Iterator[Sample]:
-        """The images but the first `count`."""
-        entries = self.dataset.images[count:]
+    def after(self, count: int, end: int | None = None) -> Iterator[Sample]:
+        """The images but the first `count`, up to and without the one at `end`."""
+        entries = self.dataset.images[count:end]
         if not entries:
             return
         with ThreadPoolExecutor(1) as pool:

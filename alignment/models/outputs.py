@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -89,19 +89,20 @@ def detections_of(outputs: Outputs, transform: Transform, variant: Variant) -> D
 
 
 def answered(
-    samples: Samples, run: Callable[[np.ndarray], dict[str, np.ndarray]]
+    samples: Iterable[Sample], variant: Variant, run: Callable[[np.ndarray], dict[str, np.ndarray]]
 ) -> Iterator[tuple[Sample, Outputs, Detections]]:
     """Each image with what a network gives for it, and the detections of that in pixels of the original image.
 
     Args:
         samples: the images.
+        variant: whose they are.
         run: a network: ``[1, 3, H, W] float32``, a copy that it may write into, → its outputs by name.
     """
     for sample in samples:
-        outputs = to_outputs(run(sample.tensor[None].copy()), samples.variant, 1)
-        yield sample, outputs, detections_of(outputs, sample.transform, samples.variant)
+        outputs = to_outputs(run(sample.tensor[None].copy()), variant, 1)
+        yield sample, outputs, detections_of(outputs, sample.transform, variant)
 
 
 def detect(samples: Samples, run: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[int, Detections]:
     """Image id → detections in pixels of the original image; see `answered`."""
-    return {sample.entry.id: found for sample, _, found in answered(samples, run)}
+    return {sample.entry.id: found for sample, _, found in answered(samples, samples.variant, run)}

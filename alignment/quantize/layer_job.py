@@ -1,4 +1,4 @@
-"""One layer of a sweep, as a piece of work: its graph on all images, held to FP32 and to the unchanged graph.
+"""One layer of a sweep, as pieces of work: its graph on a chunk of images, held to FP32 and to the unchanged graph.
 
 A `Job` can be pickled and names the files that it reads, so that any process that sees them may run it.
 """
@@ -6,8 +6,8 @@ A `Job` can be pickled and names the files that it reads, so that any process th
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from alignment.data.preprocess import Transform
 from alignment.errors import AlignError
 from alignment.models.outputs import Outputs, detections_of, to_outputs
 from alignment.nms.multiclass import Detections
-from alignment.quantize.sensitivity import Distortion, kl_divergence
+from alignment.quantize.ledger import Sums, no_room, told, unseen
+from alignment.quantize.sensitivity import kl_divergence
 from alignment.runners.onnxruntime import open_session
 from alignment.variant import Variant
 
@@ -51,16 +52,14 @@ class Store:
                         np.lib.format.write_array_header_2_0(file, {**header, "shape": (self.images, *value.shape)})
                     file.write(value.tobytes())
             except OSError as error:
-                mend = "make room there, or set ALIGN_CACHE to a folder of a larger disk; what is done is kept"
-                raise AlignError(f"{path}: {error.strerror or error}", mend) from None
+                raise no_room(path, error) from None
 
     def read(self, name: str) -> np.ndarray:
         """``[images, ...]``, mapped from its file."""
         try:
             return np.load(self._path(name), mmap_mode="r")  # type: ignore[no-any-return]
         except OSError as error:
-            mend = "let every worker see ALIGN_CACHE under the same name"
-            raise AlignError(f"{self._path(name)}: {error.strerror}", mend) from None
+            raise unseen(self._path(name), error.strerror) from None
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npy"
@@ -68,53 +67,44 @@ class Store:
 
 @dataclass(frozen=True)
 class Truth:
-    """What graphs are held to: the images with their annotations, and FP32's answers.
+    """What graphs are held to on a chunk of images.
 
     Attributes:
-        transforms: by image id, in the order of the images.
-        detections: of FP32, by image id.
-        ap: of FP32.
+        variant: whose network it is.
+        transforms: of the images.
         outputs: FP32's raw outputs and scores.
     """
 
     variant: Variant
-    dataset: CocoDataset
-    transforms: dict[int, Transform]
-    detections: dict[int, Detections]
-    ap: float
+    transforms: tuple[Transform, ...]
     outputs: Store
 
 
 class Meter:
-    """Adds up how far a graph's outputs are from FP32's, image by image in the order of the truth."""
+    """Adds up how far a graph's outputs are from FP32's, image by image of a chunk.
 
-    def __init__(self, truth: Truth) -> None:
-        self._truth, self._distortion, self._kl = truth, Distortion(), 0.0
-        self._images = list(truth.transforms)
-        self._references: dict[str, np.ndarray] = {}
-        self._found: dict[int, Detections] = {}
+    Attributes:
+        sums: up to the image before, which those of the chunk are added to.
+        found: the chunk's detections.
+    """
+
+    def __init__(self, truth: Truth, sums: Sums) -> None:
+        self.sums, self.found = deepcopy(sums), list[Detections]()
+        self._truth, self._references = truth, dict[str, np.ndarray]()
 
     def add(self, named: dict[str, np.ndarray]) -> None:
         """Adds what a graph gives for the next image."""
-        truth, index = self._truth, len(self._found)
+        truth, index = self._truth, len(self.found)
         outputs = to_outputs(named, truth.variant, 1)
         for name, value in compared(outputs, truth.variant).items():
             if name not in self._references:
                 self._references[name] = truth.outputs.read(name)
             reference = self._references[name][index]
             if name == "scores":
-                self._kl += kl_divergence(reference, value)
+                self.sums.kl += kl_divergence(reference, value)
             if name != "scores" or not outputs.raw:
-                self._distortion.add(reference, value)
-        image = self._images[index]
-        self._found[image] = detections_of(outputs, truth.transforms[image], truth.variant)
-
-    def metrics(self) -> dict[str, float]:
-        """By name; a graph that ends in NMS has only what its detections say."""
-        truth, tensors = self._truth, self._distortion.metrics()
-        agreement = agreement_ap(truth.dataset, truth.detections, self._found)
-        found = {"map": truth.ap - coco_ap(truth.dataset, self._found)[0], "agreement": 1 - agreement}
-        return {**found, "kl": self._kl / len(self._found), **tensors} if tensors else found
+                self.sums.outputs.add(reference, value)
+        self.found.append(detections_of(outputs, truth.transforms[index], truth.variant))
 
 
 def compared(outputs: Outputs, variant: Variant) -> dict[str, np.ndarray]:
@@ -129,7 +119,7 @@ def compared(outputs: Outputs, variant: Variant) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Job:
-    """One layer's run over all images.
+    """One layer's run over a chunk of images.
 
     Attributes:
         node: its name.
@@ -138,6 +128,7 @@ class Job:
         outputs: of the network.
         truth: what these are held to.
         kept: the unchanged graph's tensors.
+        sums: of the layer, over the images before.
     """
 
     node: str
@@ -146,10 +137,11 @@ class Job:
     outputs: tuple[str, ...]
     truth: Truth
     kept: Store
+    sums: Sums
 
 
-def measure(job: Job) -> dict[str, float]:
-    """All metrics of one layer.
+def measure(job: Job) -> tuple[Sums, list[Detections]]:
+    """The sums with those of the chunk, and its detections.
 
     Raises:
         AlignError: for values that are not finite, and for files that are not there.
@@ -158,12 +150,30 @@ def measure(job: Job) -> dict[str, float]:
     reads = [value.name for value in session.get_inputs()]
     gives = [value.name for value in session.get_outputs()]
     kept = {name: job.kept.read(name) for name in {*reads, job.tensor, *job.outputs} - ({*gives} - {job.tensor})}
-    meter, own = Meter(job.truth), Distortion()
+    meter = Meter(job.truth, job.sums)
     for image in range(job.kept.images):
         answers = dict(zip(gives, session.run(gives, {name: kept[name][image] for name in reads}), strict=True))
         meter.add({name: answers[name] if name in answers else kept[name][image] for name in job.outputs})
-        own.add(kept[job.tensor][image], answers[job.tensor])
-    found = meter.metrics() | own.metrics("@layer")
-    if not all(map(math.isfinite, found.values())):
+        meter.sums.own.add(kept[job.tensor][image], answers[job.tensor])
+    if not np.isfinite(meter.sums.to_array()).all():
         raise AlignError(f"node {job.node}: in int8 the network gives values that are not finite", "run `align layers`")
-    return found
+    return meter.sums, meter.found
+
+
+def judge(graph: Path, reference: Path, dataset: CocoDataset, ap: float) -> dict[str, float]:
+    """All metrics of a graph that was run on all images; of one that ends in NMS only what its detections say.
+
+    Args:
+        graph: its `alignment.quantize.ledger.Ledger`.
+        reference: that of FP32.
+        dataset: the images with their annotations.
+        ap: of FP32.
+
+    Raises:
+        AlignError: for files that are not there.
+    """
+    (sums, found), (_, truth) = told(graph, dataset), told(reference, dataset)
+    metrics = {"map": ap - coco_ap(dataset, found)[0], "agreement": 1 - agreement_ap(dataset, truth, found)}
+    if tensors := sums.outputs.metrics():
+        metrics |= {"kl": sums.kl / len(found), **tensors}
+    return metrics | sums.own.metrics("@layer")

@@ -147,36 +147,43 @@ def require_metric(metric: str) -> None:
         raise AlignError(f"no metric is named {metric!r}", f"choose from {', '.join(METRICS)}")
 
 
+@dataclass
 class Distortion:
     """MSE, cosine and SQNR of pairs of tensors, a pair being one output on one image.
 
     MSE and cosine are means over the pairs.  SQNR is that of the mean noise, relative to the signal of its own pair: a
     tensor of small numbers counts as much as one of large ones, and one that is equal on both sides as no noise.
+
+    Attributes:
+        pairs: how many were added.
+        mse, cosine, noise: sums over them.
     """
 
-    def __init__(self) -> None:
-        self._pairs, self._mse, self._cosine, self._noise = 0, 0.0, 0.0, 0.0
+    pairs: float = 0
+    mse: float = 0.0
+    cosine: float = 0.0
+    noise: float = 0.0
 
     def add(self, reference: np.ndarray, subject: np.ndarray) -> None:
         """Adds a pair of equal shape, float32."""
-        self._pairs += 1
+        self.pairs += 1
         if np.array_equal(reference, subject):
-            self._cosine += 1
+            self.cosine += 1
             return
         reference, subject = reference.ravel(), subject.ravel()
         # Sums of NumPy, not of BLAS, whose threads would make other numbers in other processes.
         noise = float(np.square(reference - subject).sum())
         signal, power = float(np.square(reference).sum()), float(np.square(subject).sum())
-        self._mse += noise / len(reference)
-        self._noise += noise / max(signal, noise * RESOLVED, TINY)
-        self._cosine += float((reference * subject).sum()) / math.sqrt(signal * power) if signal * power else 0.0
+        self.mse += noise / len(reference)
+        self.noise += noise / max(signal, noise * RESOLVED, TINY)
+        self.cosine += float((reference * subject).sum()) / math.sqrt(signal * power) if signal * power else 0.0
 
     def metrics(self, suffix: str = "") -> dict[str, float]:
         """The three by name; empty before anything was added."""
-        if not self._pairs:
+        if not self.pairs:
             return {}
-        noise = max(self._noise / self._pairs, RESOLVED)
-        values = {"mse": self._mse / self._pairs, "cosine": self._cosine / self._pairs, "sqnr": -10 * math.log10(noise)}
+        noise = max(self.noise / self.pairs, RESOLVED)
+        values = {"mse": self.mse / self.pairs, "cosine": self.cosine / self.pairs, "sqnr": -10 * math.log10(noise)}
         return {f"{name}{suffix}": value for name, value in values.items()}
 
 

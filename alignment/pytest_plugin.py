@@ -102,13 +102,13 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> object | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
     """In place of pytest-xdist's, unless ``--dist`` asks for another of them."""
     if config.option.dist != "load":
         return None
     from alignment.scheduling import SharedScheduling
 
-    return SharedScheduling(config, _chosen(config))
+    return SharedScheduling(config, log, _chosen(config))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

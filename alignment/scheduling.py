@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -26,8 +27,8 @@ class SharedScheduling(LoadScopeScheduling):
     xdist begins with the scopes of most tests; those of one test come last, so that no worker ends long before another.
     """
 
-    def __init__(self, config: pytest.Config, variants: list[Variant]) -> None:
-        super().__init__(config)
+    def __init__(self, config: pytest.Config, log: Any, variants: list[Variant]) -> None:
+        super().__init__(config, log)
         cases = {case.id: variant.name for variant in variants for case in cases_of(variant, BACKENDS, PRECISIONS)}
         self._scope = cache(lambda nodeid: scope(nodeid, config.rootpath, cases))
 

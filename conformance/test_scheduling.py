@@ -75,6 +75,7 @@ def test_what_a_file_shares_is_made_once_and_every_test_runs_once(tmp_path: Path
     environment = inherited | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "24 passed" in done.stdout, done.stdout + done.stderr
+    assert not done.stderr
     workers = {path.name: path.read_text().split() for path in tmp_path.glob("?-*")}
     assert all(len(workers[f"{name}-tested"]) == 8 for name in "abc")
     if "worksteal" not in options:

@@ -294,6 +294,15 @@ def test_samples_hold_the_same_bytes_one_by_one_and_in_a_row():
     assert len({sample.digest for sample in samples}) == 3
 
 
+def test_a_digest_is_that_of_the_bytes_and_an_image_that_was_loaded_is_not_read_for_it_again(monkeypatch):
+    samples = open_samples(load_variant("yolov8_embedded"), limit=3)
+    (first, *others), fresh = samples.dataset.images, open_samples(load_variant("yolov8_embedded"), limit=3)
+    loaded = samples.load(first).digest
+    assert [fresh.digest(entry) for entry in (first, *others)] == [loaded, *(samples.load(e).digest for e in others)]
+    monkeypatch.setattr("alignment.data.samples.read_image", None)
+    assert samples.digest(first) == fresh.digest(first) == loaded
+
+
 def test_a_damaged_image_stops_the_iteration_where_it_stands(tmp_path):
     root = tmp_path / "set"
     write_split(root, "val2017", 3)

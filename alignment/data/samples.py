@@ -50,6 +50,7 @@ class Samples:
         if variant.rotated:
             dataset.require_rotated(variant.name)
         self.variant, self.dataset = variant, dataset
+        self._digests: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.dataset.images)
@@ -73,7 +74,13 @@ class Samples:
     def load(self, entry: ImageEntry) -> Sample:
         """Reads and preprocesses one image.  Raises AlignError for a file that is no image."""
         tensor, transform = preprocess(read_image(entry.path), self.variant.input, self.variant.preprocess)
-        return Sample(entry, tensor, transform, hashlib.sha256(tensor.tobytes()).hexdigest()[:16])
+        digest = hashlib.sha256(np.ascontiguousarray(tensor)).hexdigest()[:16]
+        self._digests[entry.id] = digest
+        return Sample(entry, tensor, transform, digest)
+
+    def digest(self, entry: ImageEntry) -> str:
+        """Of the image as it was loaded last; one that was not yet is."""
+        return self._digests.get(entry.id) or self.load(entry).digest
 
 
 def dataset_root(variant: Variant, data: Path | None = None) -> Path | None:

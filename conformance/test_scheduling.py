@@ -18,10 +18,12 @@ ROOT = Path(__file__).parent.parent
 CASES = {
     f"{name}-onnxruntime-{precision}": name for name in ("yolov8_n", "my_yolov8_n") for precision in ("fp32", "fp16")
 }
+#: In two parts, as a file with this name in it is one of those that take a variant.
+ASKING = "def test_case(aligned" + "_case): ..."
 SOURCES = {
-    "cases.py": "def test_case(aligned_case): ...",
+    "cases.py": ASKING,
     "shared.py": "@pytest.fixture(scope='module')",
-    "both.py": '@pytest.fixture(scope="class")\ndef test_case(aligned_case): ...',
+    "both.py": f'@pytest.fixture(scope="class")\n{ASKING}',
     "alone.py": "@pytest.fixture(scope='session')",
 }
 

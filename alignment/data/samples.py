@@ -74,7 +74,7 @@ class Samples:
     def load(self, entry: ImageEntry) -> Sample:
         """Reads and preprocesses one image.  Raises AlignError for a file that is no image."""
         tensor, transform = preprocess(read_image(entry.path), self.variant.input, self.variant.preprocess)
-        digest = hashlib.sha256(np.ascontiguousarray(tensor)).hexdigest()[:16]
+        digest = hashlib.sha256(tensor.tobytes()).hexdigest()[:16]
         self._digests[entry.id] = digest
         return Sample(entry, tensor, transform, digest)
 

@@ -61,4 +61,4 @@ def scope(nodeid: str, root: Path, cases: Mapping[str, str]) -> str:
 @cache
 def _text(file: Path) -> str | None:
     """The source of tests; None of an installed suite, whose files pytest does not name from its root."""
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None

@@ -39,6 +39,7 @@ SOURCES = {
         ("both.py::test_other[1]", "both.py"),
         ("shared.py::TestIt::test_it[yolov8_n-onnxruntime-fp32]", "shared.py"),
         ("alone.py::test_it[yolov8_n-onnxruntime-fp32]", "alone.py::test_it[yolov8_n-onnxruntime-fp32]"),
+        ("latin.py::test_it", "latin.py::test_it"),
         ("elsewhere.py::test_case[yolov8_n-onnxruntime-fp32]", "yolov8_n"),
         ("elsewhere.py::test_other", "elsewhere.py"),
     ],
@@ -46,6 +47,7 @@ SOURCES = {
 def test_what_a_test_shares(tmp_path: Path, nodeid: str, found: str):
     for name, text in SOURCES.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-  \xe9")
     assert scope(nodeid, tmp_path, CASES) == found
 
 

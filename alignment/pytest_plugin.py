@@ -1,7 +1,7 @@
 """Options, markers and fixtures of the suite: ``pytest -m fp32_alignment --variant yolov8_n --data DIR``.
 
 A test that takes the fixture `aligned_case` is repeated for every case of the precisions that its marker names; the
-cases of one variant that were selected, of whatever precision, run together, once, in whichever worker asks first.
+cases of one variant that were selected, of whatever precision, run together, once, in one worker.
 
 ``pytest --pyargs conformance --variant my.yaml`` runs the installed suite on a variant of your own; with ``--variant``
 only the tests that take one are collected, beside those of your own folders.  With pytest-xdist each worker sees one
@@ -73,7 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers markers, and keeps the cases of a variant on one worker."""
+    """Registers markers, gives a worker its GPU, and refuses options that make no sense."""
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
     if hasattr(config, "workerinput"):
@@ -91,8 +91,6 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     given = any("--strict" in words for words in written)
     config.option.strict_cases = given or getattr(config.option, "strict_cases", False)
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
     _require_folders(config)
     _chosen(config)  # a wrong name ends here, in one line, not as an error of each test that asks for it
 
@@ -101,6 +99,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers() -> int | None:
     """``-n auto``: one worker a GPU; where there is none pytest-xdist decides."""
     return len(gpus(os.environ)) or None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """In place of pytest-xdist's, unless ``--dist`` asks for another of them."""
+    if config.option.dist != "load":
+        return None
+    from alignment.scheduling import SharedScheduling
+
+    return SharedScheduling(config, log, _chosen(config))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -186,7 +194,7 @@ def _chosen(config: pytest.Config) -> list[Variant]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a case, the cases of a variant in one xdist group; TensorRT cases are marked ``gpu``."""
+    """One test a case; TensorRT cases are marked ``gpu``."""
     if "aligned_case" not in metafunc.fixturenames:
         return
     markers = {mark.name for mark in metafunc.definition.iter_markers()}
@@ -197,9 +205,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if precisions == ("int8",) and not (variant.embedded or metafunc.config.option.variant):
             continue
         for case in cases_of(variant, BACKENDS, precisions):
-            marks = [pytest.mark.xdist_group(variant.name)]
-            if case.backend == "tensorrt":
-                marks.append(pytest.mark.gpu)
+            marks = [pytest.mark.gpu] if case.backend == "tensorrt" else []
             parameters.append(pytest.param((variant, case), id=case.id, marks=marks))
     metafunc.parametrize("aligned_case", parameters, indirect=True)
 

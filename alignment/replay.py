@@ -226,7 +226,7 @@ def _take(c: Candidates, index: np.ndarray) -> Candidates:
 
 def _equal_inputs(record: Record, samples: Samples, images: list[int]) -> tuple[int, int]:
     entries = {e.id: e for e in samples.dataset.images}
-    equal = sum(samples.load(entries[i]).digest == record.digests[i] for i in images)
+    equal = sum(samples.digest(entries[i]) == record.digests[i] for i in images)
     return equal, len(images)
 
 

@@ -294,6 +294,14 @@ def test_samples_hold_the_same_bytes_one_by_one_and_in_a_row():
     assert len({sample.digest for sample in samples}) == 3
 
 
+def test_a_digest_is_that_of_the_bytes_for_which_an_image_is_read_once(monkeypatch):
+    samples = open_samples(load_variant("yolov8_embedded"), limit=3)
+    entries, digests = samples.dataset.images, [sample.digest for sample in samples]
+    assert [samples.digest(entry) for entry in entries] == digests
+    monkeypatch.setattr("alignment.data.samples.read_image", None)
+    assert [samples.digest(entry) for entry in entries] == digests
+
+
 def test_a_damaged_image_stops_the_iteration_where_it_stands(tmp_path):
     root = tmp_path / "set"
     write_split(root, "val2017", 3)

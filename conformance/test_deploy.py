@@ -21,7 +21,6 @@ from alignment.variant import Variant
 
 pytest.importorskip("mmyolo")
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.xdist_group("deploy")
 
 SIZE = (96, 128)
 FAMILIES = ["yolov5", "yolov6", "yolov7", "yolov8", "yolox", "ppyoloe", "rtmdet", "rtmdet_r"]

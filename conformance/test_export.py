@@ -24,8 +24,6 @@ from alignment.variant import Variant, load_variant
 
 pytest.importorskip("mmyolo")
 torch = pytest.importorskip("torch")
-# One worker makes the exports once.
-pytestmark = pytest.mark.xdist_group("export")
 
 DYNAMIC = ExportOptions(17, None, "both")
 OPTIONS = [DYNAMIC, ExportOptions(13, None, "decoded"), ExportOptions(13, 1, "raw"), ExportOptions(17, 2, "both")]

@@ -33,7 +33,6 @@ from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.variant import InputSize, load_variant
 
 pytest.importorskip("mmyolo")
-pytestmark = pytest.mark.xdist_group("export")
 
 PICTURES = 8
 CONVENTIONS = list(itertools.product(RANGES, ORDERS))

@@ -21,7 +21,7 @@ import pytest
 from command_line import variant_file
 from killing import KILLED, Command, Stem
 
-pytestmark = [pytest.mark.kill, pytest.mark.xdist_group("kill")]
+pytestmark = pytest.mark.kill
 #: Part of the head reads int8.
 FEW = {"policy": "conv-only", "keep_float": ["/detector/backbone/*", "/detector/neck/*", "*/reg_preds*"], "images": 6}
 CLIPPED = "/detector/bbox_head/head_module/cls_preds.1/cls_preds.1.1/conv/Conv"

@@ -50,7 +50,6 @@ def new(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.xdist_group("export")
 def test_an_unseen_file_becomes_a_variant_with_golden_values_and_a_report(unseen, data, tmp_path):
     command = ["shapes", "--onnx", unseen, "--data", data, "--out", tmp_path]
     code, said, error = new(*command)
@@ -81,7 +80,6 @@ def test_an_unseen_file_becomes_a_variant_with_golden_values_and_a_report(unseen
     assert code == 0
 
 
-@pytest.mark.xdist_group("export")
 def test_pictures_without_labels_will_do(unseen, data, tmp_path):
     code, said, error = new("shapes", "--onnx", unseen, "--data", data / "val2017", "--out", tmp_path, "--images", 3)
     assert (code, error) == (0, ""), said
@@ -91,7 +89,6 @@ def test_pictures_without_labels_will_do(unseen, data, tmp_path):
     assert "ap" not in golden
 
 
-@pytest.mark.xdist_group("export")
 def test_what_is_open_exits_2_in_one_line_and_leaves_nothing(unseen, data, tmp_path):
     (tmp_path / "white").mkdir()
     cv2.imwrite(str(tmp_path / "white" / "a.png"), np.full((64, 64, 3), 255, np.uint8))
@@ -103,7 +100,6 @@ def test_what_is_open_exits_2_in_one_line_and_leaves_nothing(unseen, data, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.xdist_group("export")
 @pytest.mark.parametrize("name", ["yolov5_embedded", "rtmdet_embedded"])
 def test_a_config_with_its_checkpoint_says_all_by_itself(data, tmp_path, name):
     pytest.importorskip("mmyolo")

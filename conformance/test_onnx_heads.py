@@ -32,7 +32,6 @@ from alignment.runners.record import Record
 from alignment.variant import ZOO, Variant, load_variant
 
 pytest.importorskip("mmyolo")
-pytestmark = pytest.mark.xdist_group("export")
 
 IMAGES = 6
 Layout = Callable[[layouts.Graph], dict[str, str]]

@@ -33,7 +33,7 @@ from alignment.runners.plugin_nms import PluginNmsRunner
 from alignment.variant import ZOO, Nms, Variant, load_variant
 
 pytest.importorskip("mmyolo")
-pytestmark = [pytest.mark.nms, pytest.mark.plugin, pytest.mark.xdist_group("export")]
+pytestmark = [pytest.mark.nms, pytest.mark.plugin]
 IMAGES = 5
 NMS = Nms(score_threshold=0.02, iou_threshold=0.6, max_per_image=50)
 HEADS = {

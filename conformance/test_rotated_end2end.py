@@ -35,7 +35,7 @@ from alignment.variant import ZOO, Variant, load_variant
 pytest.importorskip("mmyolo")
 pytest.importorskip("mmrotate")
 torch = pytest.importorskip("torch")
-pytestmark = [pytest.mark.rotated, pytest.mark.plugin, pytest.mark.nms, pytest.mark.xdist_group("rotated_end2end")]
+pytestmark = [pytest.mark.rotated, pytest.mark.plugin, pytest.mark.nms]
 
 NAME = "rtmdet_r_embedded"
 HEAD = {"layout": "end2end", "boxes": "det_boxes", "scores": "det_scores", "labels": "det_labels"}

@@ -34,7 +34,7 @@ from alignment.variant import Nms, Variant, golden_dir, load_variant, resized
 
 pytest.importorskip("mmyolo")
 pytest.importorskip("mmrotate")
-pytestmark = [pytest.mark.rotated, pytest.mark.plugin, pytest.mark.nms, pytest.mark.xdist_group("rotated_explain")]
+pytestmark = [pytest.mark.rotated, pytest.mark.plugin, pytest.mark.nms]
 
 NAME = "rtmdet_r_embedded"
 IMAGES = 12

@@ -44,11 +44,11 @@ def numbers(case: CaseResult) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[int, tuple[subprocess.CompletedProcess, Path]]:
-    """The suite without workers, and with two and ``--strict``, which changes the exit status alone."""
+    """The suite without workers, and with two, ``--records`` and ``--strict``, which changes the exit status alone."""
     folder = tmp_path_factory.mktemp("suite")
     (folder / "golden").mkdir()
     done = {}
-    for workers, options in ((0, ()), (2, ("--strict",))):
+    for workers, options in ((0, ()), (2, ("--strict", "--records", folder / "records"))):
         out = folder / f"n{workers}"
         done[workers] = suite("-n", workers, "--report", out, "--golden", folder / "golden", *options), out
     return done
@@ -93,31 +93,32 @@ def test_what_cannot_be_run_is_skipped_with_its_reason_and_with_strict_it_fails(
 
 
 COUNTER = """
+import os
 from alignment import pipeline
 opened = pipeline.open_runner
 def counting(variant, case, *rest):
-    print("opened", case.id)
+    with open(os.environ["OPENED"], "a") as file:
+        file.write(case.id + "\\n")
     return opened(variant, case, *rest)
 pipeline.open_runner = counting
 """
 
 
-def test_both_precisions_of_a_variant_run_together_and_each_marker_brings_its_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("workers", "precisions"), [(0, ("fp16",)), (2, ("fp16", "fp32"))])
+def test_both_precisions_of_a_variant_run_together_and_each_marker_brings_its_own(
+    tmp_path, monkeypatch, workers, precisions
+):
     (tmp_path / "counter.py").write_text(COUNTER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    cases = {}
-    for precisions in (("fp16",), ("fp16", "fp32")):
-        out = tmp_path / "-".join(precisions)
-        done = suite("-p", "counter", "-s", "--report", out, "--golden", tmp_path / "golden", precisions=precisions)
-        assert done.returncode == 0, done.stdout + done.stderr
-        cases[precisions] = [
-            c.case.id for c in Alignment.model_validate_json((out / "alignment.json").read_text()).cases
-        ]
-        live = {TORCH, ORT16, *([ORT] if "fp32" in precisions else [])}
-        lines = [line.partition("opened ")[2] for line in done.stdout.splitlines() if "opened " in line]
-        assert sorted(line for line in lines if "tensorrt" not in line) == sorted(live)
-    assert set(cases[("fp16",)]) == {ORT16, TRT16}
-    assert set(cases[("fp16", "fp32")]) == {TORCH, ORT, ORT16, TRT, TRT16}
+    monkeypatch.setenv("OPENED", str(tmp_path / "opened"))
+    options = "-p", "counter", "-n", workers, "--report", tmp_path / "out", "--golden", tmp_path / "golden"
+    done = suite(*options, precisions=precisions)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = Alignment.model_validate_json((tmp_path / "out" / "alignment.json").read_text()).cases
+    both = "fp32" in precisions
+    assert {c.case.id for c in cases} == {ORT16, TRT16, *((TORCH, ORT, TRT) if both else ())}
+    live = [line for line in (tmp_path / "opened").read_text().splitlines() if "tensorrt" not in line]
+    assert sorted(live) == sorted([TORCH, ORT16, *([ORT] if both else [])])
 
 
 @pytest.mark.parametrize(
@@ -156,10 +157,9 @@ def test_update_golden_writes_the_file_and_the_next_run_holds_to_it(tmp_path):
     assert "differs first at map: ap" in failing.stdout
 
 
-def test_records_of_what_is_run_are_written_by_whichever_worker_ran_it(tmp_path):
-    done = suite("-n", 2, "--records", tmp_path / "records", "--golden", tmp_path / "golden")
-    assert done.returncode == 0, done.stdout + done.stderr
-    written = {path.name for path in (tmp_path / "records").iterdir()}
+def test_records_of_what_is_run_are_written_by_whichever_worker_ran_it(runs):
+    _, out = runs[2]
+    written = {path.name for path in (out.parent / "records").iterdir()}
     assert written >= {f"{case}.{end}" for case in (TORCH, ORT) for end in ("json", "npz")}
 
 

@@ -74,9 +74,10 @@ class Use(NamedTuple):
 
 def imports_tensorrt(tree: ast.AST) -> bool:
     """Whether a source imports TensorRT, in whatever way."""
-    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names += [text for node in ast.walk(tree) for text in _texts(node, IMPORTING)]
+    nodes = [*ast.walk(tree)]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [text for node in nodes for text in _texts(node, IMPORTING)]
     return any(name.split(".")[0] == "tensorrt" for name in names)
 
 

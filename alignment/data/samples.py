@@ -54,6 +54,7 @@ class Samples:
         if variant.rotated:
             dataset.require_rotated(variant.name)
         self.variant, self.dataset = variant, dataset
+        self._digests: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.dataset.images)
@@ -78,6 +79,12 @@ class Samples:
         """Reads and preprocesses one image.  Raises AlignError for a file that is no image."""
         tensor, transform = preprocess(read_image(entry.path), self.variant.input, self.variant.preprocess)
         return Sample(entry, tensor, transform)
+
+    def digest(self, entry: ImageEntry) -> str:
+        """That of the image's sample, for which it is read once."""
+        if entry.id not in self._digests:
+            self._digests[entry.id] = self.load(entry).digest
+        return self._digests[entry.id]
 
 
 def dataset_root(variant: Variant, data: Path | None = None) -> Path | None:

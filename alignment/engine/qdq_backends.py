@@ -211,8 +211,8 @@ def in_half(model: ModelProto) -> ModelProto:
             helper.make_node("Cast", [half], [name], name, to=TensorProto.FLOAT),
         ]
 
-    rounded = _after_each(model, rounding)
     graph = OnnxGraph(model)
+    rounded = _after_each(model, graph, rounding)
     weights = {node.input[1] for node in graph.nodes if graph.weight(node) is not None}
     for value in rounded.graph.initializer:
         if value.name in weights:
@@ -231,16 +231,17 @@ def noisy(model: ModelProto, noise: float, seed: int) -> ModelProto:
         drawn.attribute.append(helper.make_attribute("seed", next(seeds)))
         return [drawn, helper.make_node("Mul", [tensor, factor], [name], name)]
 
-    return _after_each(model, drawing)
+    return _after_each(model, OnnxGraph(model), drawing)
 
 
-def _after_each(model: ModelProto, make: Callable[[str, str], list[NodeProto]]) -> ModelProto:
+def _after_each(model: ModelProto, graph: OnnxGraph, make: Callable[[str, str], list[NodeProto]]) -> ModelProto:
     """The graph with nodes after each float tensor that is not decoding's, whose readers read what these give.
 
     Args:
+        model: to be copied.
+        graph: of it.
         make: from a tensor and the name of what is read in its place.
     """
-    graph = OnnxGraph(model)
     before = {node.name for node in split(model.graph)[0]}
     changed = ModelProto()
     changed.CopyFrom(model)

@@ -22,6 +22,8 @@ SCORE = 0.25
 CLEAR = 3.0
 #: A model that is read rightly finds more than this, in scores a picture.
 LEAST = 0.25
+#: Bytes of pictures that are kept in memory.
+HELD = 2**28
 Confirmation = Literal["labels", "mirror"]
 
 
@@ -45,6 +47,7 @@ class Jury:
     dataset: CocoDataset | None
     moved: Callable[[], None] = lambda: None
     _known: dict[tuple[str, int, bool], Detections] = field(default_factory=dict)
+    _pictures: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def confirmations(self) -> tuple[Confirmation, ...]:
@@ -62,15 +65,14 @@ class Jury:
             if confirmation == "labels":
                 others = self._labelled(entry)
             else:
-                width = read_image(entry.path).shape[1]
-                others = _mirrored(self._detect(variant, index, True), width)
+                others = _mirrored(self._detect(variant, index, True), self._picture(index).shape[1])
             values.append(net(found, others, iou))
         return np.array(values)
 
     def _detect(self, variant: Variant, index: int, mirror: bool) -> Detections:
         key = variant.model_dump_json(), index, mirror
         if key not in self._known:
-            image = read_image(self.entries[index].path)
+            image = self._picture(index)
             image = np.ascontiguousarray(image[:, ::-1]) if mirror else image
             tensor, transform = preprocess(image, variant.input, variant.preprocess)
             with np.errstate(over="ignore", invalid="ignore"):  # of readings that are wrong
@@ -78,6 +80,15 @@ class Jury:
                 self._known[key] = detections_of(outputs, transform, variant)
             self.moved()
         return self._known[key]
+
+    def _picture(self, index: int) -> np.ndarray:
+        """``[H, W, 3] uint8``; read once as a rule, as each is shown in many ways."""
+        if (known := self._pictures.get(index)) is not None:
+            return known
+        image = read_image(self.entries[index].path)
+        if sum(one.nbytes for one in self._pictures.values()) + image.nbytes <= HELD:
+            self._pictures[index] = image
+        return image
 
     def _labelled(self, entry: ImageEntry) -> Detections:
         assert self.dataset is not None

@@ -180,13 +180,18 @@ def _drop_dead(model: ModelProto) -> None:
     """Takes out Q/DQ nodes whose output nothing reads, and initializers that nothing reads."""
     graph = model.graph
     outputs = {value.name for value in graph.output}
+    left = [(node, reads(node)) for node in graph.node]
+    dead: list[NodeProto] = []
     while True:
-        read = outputs.union(name for node in graph.node for name in reads(node))
-        dead = [n for n in graph.node if n.op_type in (QUANTIZE, DEQUANTIZE) and read.isdisjoint(n.output)]
-        if not dead:
+        read = outputs.union(*(names for _, names in left))
+        gone = [n for n, _ in left if n.op_type in (QUANTIZE, DEQUANTIZE) and read.isdisjoint(n.output)]
+        if not gone:
             break
-        for node in dead:
-            graph.node.remove(node)
+        dead += gone
+        ids = {id(node) for node in gone}
+        left = [(node, names) for node, names in left if id(node) not in ids]
+    for node in dead:
+        graph.node.remove(node)
     kept = [value for value in graph.initializer if value.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -43,11 +43,15 @@ class OnnxSource(Strict):
     head: Annotated[OnnxHead, Field(discriminator="layout")]
 
 
+#: Pixels of an input's longest side.
+LARGEST_SIDE = 8192
+
+
 class InputSize(Strict):
     """The one input of a deployed engine, in pixels."""
 
-    height: Annotated[int, Field(ge=32, le=8192, multiple_of=32)]
-    width: Annotated[int, Field(ge=32, le=8192, multiple_of=32)]
+    height: Annotated[int, Field(ge=32, le=LARGEST_SIDE, multiple_of=32)]
+    width: Annotated[int, Field(ge=32, le=LARGEST_SIDE, multiple_of=32)]
 
 
 class Preprocess(Strict):

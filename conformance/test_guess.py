@@ -25,7 +25,7 @@ from alignment.guess.columns import box_coding, grid_of, objectness
 from alignment.guess.findings import Asked, Finding, as_fields
 from alignment.guess.head import Look, find_head
 from alignment.guess.jury import choose, net
-from alignment.guess.onnx_facts import read_onnx
+from alignment.guess.onnx_facts import find_size, read_onnx
 from alignment.guess.preprocess import ORDERS, RANGES, hypothesis
 from alignment.nms.multiclass import Detections
 from alignment.onnx_head import OnnxHead
@@ -306,8 +306,24 @@ def test_a_dynamic_size_is_asked_for_and_a_dynamic_batch_is_not(write, data):
     with pytest.raises(AlignError, match="height and width of its input are dynamic: give --size"):
         guess(dynamic, data)
     assert guess(dynamic, data, size=(320, 320), range="0..1", channels="rgb").variant.input.width == 320
-    with pytest.raises(AlignError, match="320 x 300, which are no multiples of 32"):
-        guess(dynamic, data, size=(320, 300))
+    for size in ((320, 300), (320, 0), (320, 100_000)):
+        with pytest.raises(AlignError, match=f"320 x {size[1]}, which are no multiples of 32 from 32 to 8192"):
+            guess(dynamic, data, size=size)
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "(" * 150 + ")" * 150, "1 +", "{[]: 1}", "1e400", "", "[]"])
+def test_metadata_that_are_no_literal_say_nothing(write, data, text):
+    model = onnx.load(write(layouts.yolov8))
+    for key in ("names", "imgsz"):
+        model.metadata_props.add(key=key, value=text)
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = "side"
+    path = data.parent / "literal.onnx"
+    onnx.save(model, path)
+    facts = read_onnx(path)
+    assert facts.class_names is None
+    with pytest.raises(AlignError, match="height and width of its input are dynamic: give --size"):
+        find_size(facts, Asked())
 
 
 def test_metadata_of_ultralytics_count_classes_and_name_the_family(write, data):

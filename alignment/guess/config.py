@@ -9,7 +9,7 @@ from typing import Any
 from alignment.data.pictures import find_pictures, unlabelled_root
 from alignment.errors import AlignError
 from alignment.guess.bare import Guessed
-from alignment.guess.findings import Asked, Finding, as_fields, given
+from alignment.guess.findings import Asked, Finding, as_fields, found_size, given
 from alignment.storage import data_dir
 from alignment.variant import Nms, Variant, variant_of
 
@@ -132,10 +132,7 @@ def _geometry(steps: dict[str, Any], path: str, asked: Asked) -> list[Finding]:
     width, height = step["scale"] if "scale" in step else (step["width"], step["height"])
     size = asked.size or (height, width)
     origin = "given as --size" if asked.size else f"scale of {step['type']}"
-    sides = [Finding(f"input.{n}", int(v), "certain", origin) for n, v in zip(("height", "width"), size, strict=True)]
-    for side in sides:
-        if side.value % 32:
-            raise AlignError(f"{path}: an input of {size[0]} x {size[1]}: no multiples of 32", "give --size")
+    sides = found_size(path, size, origin, "give --size")
     sure = "likely" if steps.get("LetterResize", {}).get("allow_scale_up") else "certain"
     findings = [*sides, Finding("preprocess.resize", way, sure, said)]  # type: ignore[arg-type]
     if asked.resize:

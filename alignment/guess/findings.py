@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from alignment.errors import AlignError
+from alignment.variant import LARGEST_SIDE
 
 #: ``certain``: read in the file, or measured and clear.  ``likely``: as models of this family are.  ``open``: several
 #: values fit equally well, and a wrong one would go unnoticed.
@@ -55,6 +56,18 @@ class Asked:
 def given(field: str, value: Any, option: str) -> Finding:
     """What the command line says."""
     return Finding(field, value, "certain", f"given as {option}")
+
+
+def found_size(path: str | Path, size: Sequence[int], evidence: str, mend: str) -> list[Finding]:
+    """``input.height`` and ``input.width`` of a size (height, width).
+
+    Raises AlignError where no variant can have it.
+    """
+    if any(side % 32 or not 32 <= side <= LARGEST_SIDE for side in size):
+        what = f"{path}: an input of {size[0]} x {size[1]}, which are no multiples of 32 from 32 to {LARGEST_SIDE}"
+        raise AlignError(what, mend)
+    named = zip(("input.height", "input.width"), size, strict=True)
+    return [Finding(field, int(side), "certain", evidence) for field, side in named]
 
 
 def require_settled(path: Path, findings: Iterable[Finding]) -> None:

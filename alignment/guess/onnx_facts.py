@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import numpy_helper
@@ -12,7 +13,7 @@ from onnx import numpy_helper
 from alignment.errors import AlignError
 from alignment.export.onnx_export import check_onnx
 from alignment.export.plugin_nms import plugin_of
-from alignment.guess.findings import Asked, Finding, given
+from alignment.guess.findings import Asked, Finding, found_size, given
 
 EXPORT_MEND = "export it with one float32 image input [B, 3, H, W]"
 
@@ -37,10 +38,23 @@ class OnnxFacts:
     def class_names(self) -> list[str] | None:
         """Those that Ultralytics' exporter writes, by index."""
         try:
-            names = ast.literal_eval(self.metadata["names"])
-            return [str(names[key]) for key in sorted(names)] if isinstance(names, dict) else [str(n) for n in names]
-        except (KeyError, ValueError, SyntaxError, TypeError):
+            names = self.literal("names")
+            named = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+            return [str(name) for name in named] or None
+        except (KeyError, ValueError, TypeError):
             return None
+
+    def literal(self, key: str) -> Any:
+        """A value of the metadata that is written as Python writes it.
+
+        Raises:
+            KeyError: it is not there.
+            ValueError: it is something else.
+        """
+        try:
+            return ast.literal_eval(self.metadata[key])
+        except (SyntaxError, RecursionError, MemoryError, TypeError) as error:  # Python's parser has all of them
+            raise ValueError(f"{key} of the metadata: {type(error).__name__}") from None
 
     def concatenated(self, width: int) -> list[list[int]]:
         """How the parts of each Concat that makes `width` of something are wide, where that is known."""
@@ -101,12 +115,7 @@ def find_size(facts: OnnxFacts, asked: Asked) -> list[Finding]:
         sides, evidence = (shape[2], shape[3]), f"the graph's input is [{shown}]"
     else:
         sides, evidence = _imgsz(facts), f"the graph's metadata say imgsz {facts.metadata.get('imgsz')}"
-    for side in sides:
-        if side % 32 or side < 32:
-            what = f"{facts.path}: an input of {sides[0]} x {sides[1]}, which are no multiples of 32"
-            raise AlignError(what, "export it for such a size")
-    named = zip(("input.height", "input.width"), sides, strict=True)
-    return [Finding(field, int(side), "certain", evidence) for field, side in named]
+    return found_size(facts.path, sides, evidence, "export it for such a size")
 
 
 def find_classes_of_nms(facts: OnnxFacts, asked: Asked, categories: int | None) -> Finding:
@@ -144,10 +153,10 @@ def _label_divisor(facts: OnnxFacts) -> int | None:
 
 def _imgsz(facts: OnnxFacts) -> tuple[int, int]:
     try:
-        sides = ast.literal_eval(facts.metadata["imgsz"])
+        sides = facts.literal("imgsz")
         height, width = (sides, sides) if isinstance(sides, int) else sides
         return int(height), int(width)
-    except (KeyError, ValueError, SyntaxError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         what = f"{facts.path}: height and width of its input are dynamic"
         raise AlignError(what, "give --size, such as 640 or 384x640") from None
 

@@ -38,8 +38,8 @@ def temporary(parent: Path, prefix: str, suffix: str, *, folder: bool = False) -
         suffix: of its name.
         folder: whether it is one.
     """
-    _remove_abandoned(parent, re.compile(f"{re.escape(prefix)}{_RANDOM}{re.escape(suffix)}"))
-
+    for _ in abandoned(parent, f"{re.escape(prefix)}{_RANDOM}{re.escape(suffix)}"):
+        pass
     handle, path = _made(parent, prefix, suffix, folder)
     try:
         yield path
@@ -66,16 +66,25 @@ def _made(parent: Path, prefix: str, suffix: str, folder: bool) -> tuple[int, Pa
         os.close(handle)
 
 
-def _remove_abandoned(parent: Path, name: re.Pattern[str]) -> None:
+def abandoned(parent: Path, pattern: str = rf"\.[a-z]+-{_RANDOM}", remove: bool = True) -> Iterator[Path]:
+    """What belongs to no living process, each before it is removed.
+
+    Args:
+        parent: where it is looked for.
+        pattern: of whole names; default: of what lies in the cache beside entries and locks.
+        remove: or leave it.
+    """
     found: list[os.DirEntry[str]] = []
     with suppress(OSError):  # a folder that may be written, but not read
-        found = [entry for entry in os.scandir(parent) if name.fullmatch(entry.name)]
+        found = [entry for entry in os.scandir(parent) if re.fullmatch(pattern, entry.name)]
     for entry in found:
         with suppress(OSError):  # somebody else's, or gone meanwhile
             folder = entry.is_dir(follow_symlinks=False)
             handle = os.open(entry.path, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(entry.path, ignore_errors=True) if folder else os.unlink(entry.path)
+                yield Path(entry.path)
+                if remove:
+                    shutil.rmtree(entry.path, ignore_errors=True) if folder else os.unlink(entry.path)
             finally:
                 os.close(handle)

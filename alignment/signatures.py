@@ -60,6 +60,7 @@ def graph_signature(variant: Variant, samples: Samples) -> GraphSignature | None
     constants = {i.name: i for i in model.graph.initializer}
     layers = [node for node in model.graph.node if node.op_type in WEIGHTED]
     sample = samples.load(samples.dataset.images[0])
+    found = GraphSignature(image_id=sample.entry.id, input_digest=sample.digest)
     with scratch_folder() as folder:
         marked = folder / path.name
         onnx.save(mark_outputs(model, [node.output[0] for node in layers]), marked)
@@ -69,7 +70,6 @@ def graph_signature(variant: Variant, samples: Samples) -> GraphSignature | None
         except AlignError:
             return None
     modules = modules_of(path)
-    found = GraphSignature(image_id=sample.entry.id, input_digest=sample.digest)
     for node in layers:
         held = [onnx.numpy_helper.to_array(constants[name]).ravel() for name in node.input if name in constants]
         found.layers.append(

@@ -219,14 +219,16 @@ def _busy() -> float:
 
 def main(
     name: Annotated[str, typer.Argument(metavar="VARIANT")],
-    few: Annotated[int, typer.Option(help="images of the first sweep")] = 4,
-    many: Annotated[int, typer.Option(help="images of the second")] = 12,
+    few: Annotated[int, typer.Option(min=2, help="images of the first sweep")] = 4,
+    many: Annotated[int, typer.Option(min=3, help="images of the second, more")] = 12,
     checked: Annotated[int, typer.Option("--check", help="images of those that the formula is held to")] = 8,
     images: Annotated[int, typer.Option(help="to tell the cost of")] = 5000,
     layers: Annotated[int, typer.Option(help="to tell the cost of")] = 300,
     workers: Annotated[str, typer.Option(help="to tell the cost of, with commas")] = "1,8,64",
 ) -> None:
     """JSON: the parts, the check, and hours of a sweep and minutes of a score by workers."""
+    if many <= few:
+        raise typer.BadParameter(f"--many {many}: give more images than --few {few}")
     variant = with_quantization(load_variant(name), PLAIN | {"policy": "conv-only"})
     quantized = quantize(variant, every=False)
     parts = parts_of(variant, quantized, few, many)

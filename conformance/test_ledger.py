@@ -79,6 +79,25 @@ def test_a_torn_record_is_as_none(tmp_path_factory, counts, side, numbers, data)
     require(Ledger(path), parts)
 
 
+@settings(deadline=None, max_examples=200)
+@given(counts=COUNTS, side=SIDES, data=st.data())
+def test_a_record_that_a_disk_has_changed_is_as_none(tmp_path_factory, counts, side, data):
+    path = tmp_path_factory.mktemp("ledger") / "0"
+    parts = chunks(counts, side)
+    ends = filled(path, parts, Sums(1.5))
+    content = bytearray(path.read_bytes())
+    first = data.draw(st.integers(0, len(content) - 1))
+    for place in range(first, min(len(content), first + data.draw(st.sampled_from([1, 12, 4096])))):
+        content[place] ^= data.draw(st.integers(1, 255)) if place == first else content[place]
+    path.write_bytes(content)
+    whole = sum(end <= first for end in ends)
+    ledger = Ledger(path)
+    require(ledger, parts[:whole])
+    for chunk in parts[whole:]:
+        ledger.add(ledger.images, Sums(1.5), chunk)
+    require(Ledger(path), parts)
+
+
 def test_what_is_there_is_not_added_again(tmp_path):
     (first, second), sums = chunks([[1], [2]], 4), Sums(1.0)
     ledger = Ledger(tmp_path / "0")
@@ -95,5 +114,5 @@ def test_a_disk_that_is_full_is_one_line():
         pytest.skip("no /dev/full here")
     ledger = Ledger(Path("/dev/null"))
     ledger.path = full
-    with pytest.raises(AlignError, match=r"^/dev/full: No space left on device: make room there, or set ALIGN_CACHE"):
+    with pytest.raises(AlignError, match=r"^/dev/full: No space left on device: make room there, and start again"):
         ledger.add(0, Sums(), chunks([[1]], 4)[0])

@@ -225,6 +225,9 @@ class TestCommand:
         assert any(why.startswith("keep-float") for why in report["float_nodes"].values())
 
     def test_the_qdq_graph_alone(self, quick, tmp_path):
+        (tmp_path / "out").mkdir()
+        for suffix in ("float.onnx", "ranges.json", "calibration"):
+            (tmp_path / "out" / f"yolov8_embedded.{suffix}").write_text("of another method")
         done = CliRunner().invoke(app, [*quick, "--qdq-only"])
         assert done.exit_code == 0, done.output
         names = {path.name for path in (tmp_path / "out").iterdir()}

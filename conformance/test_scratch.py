@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.cache import room
 from alignment.scratch import PREFIX, scratch_folder
 from alignment.storage import locked, writing, writing_folder
 
@@ -23,11 +24,12 @@ HOLDING = {
     "folder": "writing_folder(Path('kept'))",
     "scratch": "scratch_folder()",
     "lock": "locked(Path('kept.json'))",
+    "sweep": "temporary(Path.cwd(), '.sweep-', '', folder=True)",
 }
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from alignment.scratch import scratch_folder
+from alignment.scratch import scratch_folder, temporary
 from alignment.storage import locked, writing, writing_folder
 with {}:
     print("held", flush=True)
@@ -84,6 +86,19 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
     assert theirs in names(tmp_path)
     make(what, tmp_path)
     assert names(tmp_path) == made == {"file": {"kept.json"}, "folder": {"kept"}, "scratch": set()}[what]
+
+
+def test_pruning_the_cache_takes_the_tensors_of_a_killed_sweep_and_leaves_those_of_a_living_one(tmp_path):
+    (tmp_path / ".notes").write_text("mine")
+    with holding("sweep", tmp_path):
+        (theirs,) = tmp_path.glob(".sweep-*")
+        (theirs / "tensor.npy").write_bytes(bytes(1000))
+        assert not room.prune().scratch
+        assert theirs.is_dir()
+    assert room.prune(dry_run=True).scratch == {theirs: 1000}
+    pruned = room.prune()
+    assert (pruned.scratch, pruned.freed) == ({theirs: 1000}, 1000)
+    assert names(tmp_path) == {".notes"}
 
 
 def test_what_only_looks_like_it_stays(tmp_path):

@@ -191,12 +191,12 @@ def test_a_sweep_of_something_else_is_refused(head, tmp_path):
 
 
 def per_image(one: Subject, folder: Path) -> int:
-    """Bytes of the kept tensors of all layers on an image."""
+    """Bytes of what is kept for all layers on an image."""
     sizes = []
 
     class Spied(Chunks):
         def fill(self) -> None:
-            sizes.append(sum(self.sizes.values()))
+            sizes.append(self.image)
             raise Interrupted
 
     with pytest.MonkeyPatch.context() as patched:
@@ -353,18 +353,16 @@ class TestStore:
         if not full.exists():
             pytest.skip("no /dev/full here")
         monkeypatch.setattr(Store, "_path", lambda self, name: full)
-        with pytest.raises(
-            AlignError, match=r"^/dev/full: No space left on device: make room there, or set ALIGN_CACHE"
-        ):
+        with pytest.raises(AlignError, match=r"^/dev/full: No space left on device: make room there, and start again"):
             head.swept(tmp_path / "s.json", 1)
         assert not list(cache_dir().glob(".sweep-*"))
 
 
 def test_files_that_a_worker_does_not_see(head, tmp_path):
-    with pytest.raises(AlignError, match="let every worker see ALIGN_CACHE"):
+    with pytest.raises(AlignError, match="let every worker see this folder"):
         Store(tmp_path / "elsewhere", 1).read("images")
     dataset = open_samples(head.variant, None, 2).dataset
-    with pytest.raises(AlignError, match=r"elsewhere: tells of 0 of 2 images: let every worker see ALIGN_CACHE"):
+    with pytest.raises(AlignError, match=r"elsewhere: tells of 0 of 2 images: let every worker see this folder"):
         judge(tmp_path / "elsewhere", tmp_path / "elsewhere", dataset, 1.0)
 
 

@@ -20,6 +20,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from alignment.cache.entry import ENTRY, Entry, RefusedError, entries_dir
 from alignment.cache.leases import leased
 from alignment.errors import AlignError
+from alignment.scratch import abandoned
 from alignment.storage import acquired, cache_dir, locked, remove
 
 VARIABLE = "ALIGN_CACHE_SIZE"
@@ -76,19 +77,21 @@ class Pruned:
     Attributes:
         removed: each with why.
         held: what was to go and is in use.
+        scratch: what processes that were killed have left beside the entries, and its bytes.
         locks: number of lock files that nobody holds.
         left: bytes of what stays.
     """
 
     removed: list[tuple[Item, str]] = field(default_factory=list)
     held: list[Item] = field(default_factory=list)
+    scratch: dict[Path, int] = field(default_factory=dict)
     locks: int = 0
     left: int = 0
 
     @property
     def freed(self) -> int:
         """Bytes."""
-        return sum(item.size for item, _ in self.removed)
+        return sum(item.size for item, _ in self.removed) + sum(self.scratch.values())
 
 
 def parse_size(text: str, source: str) -> int:
@@ -168,7 +171,7 @@ def prune(
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
-    """Removes leftovers of killed writers, broken entries, unused lock files, and what the arguments name.
+    """Removes what killed processes have left, broken entries, unused lock files, and what the arguments name.
 
     Args:
         older_than: entries that were last used so many seconds ago, or more.
@@ -194,6 +197,8 @@ def prune(
     if max_size is not None:
         stay = _shrink(stay, max_size, pruned, dry_run)
     pruned.left = sum(item.size for item in stay)
+    if kind is None:
+        pruned.scratch = {path: size_of(path) for path in abandoned(cache_dir(), remove=not dry_run)}
     pruned.locks = _prune_locks(dry_run)
     return pruned
 

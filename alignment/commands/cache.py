@@ -78,6 +78,8 @@ def prune(
         out.print(f"{item.kind}/{item.path.name}: {room.human(item.size)}: {reason}", markup=False)
     for item in pruned.held:
         out.print(f"{item.kind}/{item.path.name}: {room.human(item.size)}: stays, it is in use", markup=False)
+    for path, taken in pruned.scratch.items():
+        out.print(f"{path.name}: {room.human(taken)}: left by a process that ended early", markup=False)
     said = "would free" if dry_run else "freed"
     out.print(
         f"{said} {room.human(pruned.freed)}: {len(pruned.removed)} entries, {pruned.locks} unused locks; "

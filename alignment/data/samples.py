@@ -42,7 +42,7 @@ class Sample:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits over the bytes of `tensor`."""
+        """16 hex digits over the bytes of `tensor`, as they are when it is asked for first."""
         return hashlib.sha256(self.tensor.data).hexdigest()[:16]
 
 

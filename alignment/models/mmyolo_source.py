@@ -121,7 +121,10 @@ def build_detector(variant: Variant) -> Detector:
 
 
 def _bounded(most: int) -> Any:
-    """A context in which a model of more weights than `most` raises ValueError, before there is memory for them."""
+    """A context in which layers of more weights than `most` raise ValueError, before there is memory for them.
+
+    Layers of torch ask for memory by ``torch.empty``; what a config's own classes ask for otherwise is not counted.
+    """
     import torch
     from torch.overrides import TorchFunctionMode
 

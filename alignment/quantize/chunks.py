@@ -92,11 +92,15 @@ class Chunks:
         names = {name for layer in self.layers for name in layer.needs}
         self.base = _Base(plan, names)
         first = plan.samples.load(plan.samples.dataset.images[0]).tensor[None]
-        self.sizes = {name: value.nbytes for name, value in self.base.run(first, names).items() if name in names}
+        found = self.base.run(first, names)
+        self.sizes = {name: value.nbytes for name, value in found.items() if name in names}
+        # FP32's outputs are kept beside them.
+        self.truth = sum(found[name].nbytes for name in self.base.outputs)
+        self.image = self.truth + sum(self.sizes.values())
 
     def fill(self) -> None:
         """Until all ledgers tell of all images."""
-        images, most = len(self.plan.samples), max(1, KEPT // sum(self.sizes.values()))
+        images, most = len(self.plan.samples), max(1, KEPT // self.image)
         with OnnxRuntimeRunner(self.plan.reference, optimize=False, threads=1) as fp32:
             while (first := min(self.ledgers.images)) < images:
                 # At most to where another one is, of before an interruption.
@@ -123,7 +127,7 @@ class Chunks:
             if self.ledgers.layers[layer.node].images > first:
                 continue
             together = needed | layer.needs
-            if group and sum(map(self.sizes.__getitem__, together)) > KEPT:
+            if group and self.truth + sum(map(self.sizes.__getitem__, together)) > KEPT:
                 yield group
                 group, together = [], set(layer.needs)
             group.append(layer)

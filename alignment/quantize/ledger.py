@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ from alignment.quantize.sensitivity import Distortion
 
 #: Of detections, all images of a record together.
 _COLUMNS = ("boxes", "scores", "labels", "rows")
+#: Before a record: its bytes, and their CRC-32.
+_HEAD = struct.Struct("<QI")
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Sums:
 class Ledger:
     """A file of records, one a chunk: the sums over all images up to its end, and the detections of its own images.
 
-    What a kill has torn is cut off, so that lost is at most one record.
+    What a kill has torn, or a disk has changed, is cut off with all behind it, and measured anew.
 
     Attributes:
         path: of the file, which need not be there.
@@ -78,8 +82,9 @@ class Ledger:
             np.lib.format.write_array(record, array, allow_pickle=False)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = record.getvalue()
             with self.path.open("ab") as file:
-                file.write(record.getvalue())
+                file.write(_HEAD.pack(len(content), zlib.crc32(content)) + content)
         except OSError as error:
             raise no_room(self.path, error) from None
         self.images, self.sums = self.images + len(found), sums
@@ -103,21 +108,25 @@ def _records(path: Path) -> Iterator[tuple[int, np.ndarray, list[Detections]]]:
     if not path.exists():
         return
     with path.open("rb") as file:
-        while True:
-            try:
-                sums, counts, *columns = (np.lib.format.read_array(file) for _ in range(2 + len(_COLUMNS)))
-            except ValueError:  # the end, or what was torn
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            size, digest = _HEAD.unpack(head)
+            if not 0 < size <= path.stat().st_size - file.tell():
                 return
+            content = file.read(size)
+            if zlib.crc32(content) != digest:
+                return
+            record = io.BytesIO(content)
+            sums, counts, *columns = (np.lib.format.read_array(record) for _ in range(2 + len(_COLUMNS)))
             parts = [np.split(column, np.cumsum(counts)[:-1]) for column in columns]
             yield file.tell(), sums, [Detections(*one) for one in zip(*parts, strict=True)]
 
 
 def no_room(path: Path, error: OSError) -> AlignError:
     """What to say of a file that cannot be written."""
-    mend = "make room there, or set ALIGN_CACHE to a folder of a larger disk; what is done is kept"
+    mend = "make room there, and start again, which goes on; or set ALIGN_CACHE to a folder of a larger disk"
     return AlignError(f"{path}: {error.strerror or error}", mend)
 
 
 def unseen(path: Path, reason: object) -> AlignError:
     """What to say of a file that a worker does not see."""
-    return AlignError(f"{path}: {reason}", "let every worker see ALIGN_CACHE under the same name")
+    return AlignError(f"{path}: {reason}", "let every worker see this folder under the same name")

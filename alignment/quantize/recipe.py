@@ -105,10 +105,14 @@ class Quantized:
 
         ``<name>.qdq.onnx``; where every tensor was calibrated, ``<name>.float.onnx``, the graph without QDQ nodes,
         and for it ``<name>.ranges.json`` and ``<name>.calibration``, a TensorRT calibration cache;
-        ``<name>.scales.json``, every scale with its statistics.
+        ``<name>.scales.json``, every scale with its statistics.  Where not every one was, files of these names that are
+        of something else go.
         """
         graphs, texts = {f"{name}.qdq.onnx": self.model}, {}
-        if not self.unranged:
+        if self.unranged:
+            for suffix in ("float.onnx", "ranges.json", "calibration"):
+                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+        else:
             graphs[f"{name}.float.onnx"] = onnx.load(self.source)
             texts[f"{name}.ranges.json"] = json.dumps(dict(self.ranges), indent=1)
             texts[f"{name}.calibration"] = self.cache()

@@ -208,12 +208,13 @@ def _crops(found: Explained, risk: Risk, samples: Samples, out: Path) -> list[Wo
 
 def _around(box: np.ndarray, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a crop, half a box larger on each side and no smaller than 64 pixels."""
-    x1, y1, x2, y2 = box.tolist()
+    # Where a box is not finite the picture is of what is left of it.
+    x1, y1, x2, y2 = np.nan_to_num(box, nan=0.0, posinf=1e6, neginf=-1e6).tolist()
     margin_x, margin_y = max((x2 - x1) / 2, 32 - (x2 - x1) / 2), max((y2 - y1) / 2, 32 - (y2 - y1) / 2)
     height, width = shape[:2]
-    left, right = (int(np.clip(v, 0, width)) for v in (x1 - margin_x, x2 + margin_x))
-    top, bottom = (int(np.clip(v, 0, height)) for v in (y1 - margin_y, y2 + margin_y))
-    return min(left, width - 1), min(top, height - 1), max(right, left + 1), max(bottom, top + 1)
+    # Of a box outside it is of the picture's edge.
+    left, top = int(np.clip(x1 - margin_x, 0, width - 1)), int(np.clip(y1 - margin_y, 0, height - 1))
+    return left, top, int(np.clip(x2 + margin_x, left + 1, width)), int(np.clip(y2 + margin_y, top + 1, height))
 
 
 def ordered(found: Explained) -> list[tuple[int, Divergence]]:

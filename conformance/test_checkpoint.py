@@ -10,6 +10,8 @@ import operator
 import os
 import pickle
 import re
+import resource
+import struct
 import warnings
 import zipfile
 
@@ -388,3 +390,21 @@ def test_one_weight_too_few(tmp_path):
     state = weights()
     del state["bbox_head.reg_preds.bias"]
     assert "1 missing (first: bbox_head.reg_preds.bias)" in does_not_fit(tmp_path, state)
+
+
+def test_a_damaged_number_of_the_memo_takes_no_memory(tmp_path):
+    """The largest that a pickle can give, in a checkpoint of the runner's, whose pickle is not of tensors alone."""
+    path = tmp_path / "weights.pth"
+    torch.save(runner_checkpoint(weights()), path)
+    damaged = tmp_path / "damaged.pth"
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(damaged, "w") as copy:
+        for entry in whole.infolist():
+            content = whole.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert content.startswith(b"\x80\x02}q\x00")
+                content = content.replace(b"}q\x00", b"}r" + struct.pack("<I", 2**27), 1)
+            copy.writestr(entry, content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(AlignError):  # what else refers to that number finds nothing
+        checkpoint.load_state_dict(damaged)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # kB

@@ -18,11 +18,14 @@ from command_line import align, one_line, python, variant_file
 from engines import convolution, engine
 from fuzz_pictures import png
 from fuzz_sound import Sound, place
+from hypothesis import given
+from hypothesis import strategies as st
 from report_scenes import FAILS, write_everything
 from test_record import made
 
 from alignment.data.coco import CocoDataset
 from alignment.data.dota import open_dota
+from alignment.divergence import _around
 from alignment.engine.int8 import ranges_in_cache
 from alignment.errors import AlignError
 from alignment.export.onnx_export import check_onnx, file_digest
@@ -298,6 +301,14 @@ def test_a_model_of_many_times_the_weights_of_its_checkpoint_is_not_built(tmp_pa
     with pytest.raises(AlignError, match=r"cannot be built: ValueError: .* many times the weights of its checkpoint"):
         build_detector(load_variant(variant_file(tmp_path, wide)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started < 2**20  # kB
+
+
+@given(st.lists(st.floats(width=32), min_size=4, max_size=4), st.tuples(st.integers(1, 900), st.integers(1, 900)))
+def test_a_crop_of_any_box_is_within_the_picture_and_not_empty(box, shape):
+    height, width = shape
+    left, top, right, bottom = _around(np.array(box, np.float32), (height, width, 3))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
 
 
 @pytest.mark.parametrize("field", ["file", "checkpoint"])

@@ -60,7 +60,7 @@ def test_truth_without_angles_is_refused_for_rotated_boxes():
     dataset = open_samples(variant, None, 1).dataset
     assert len(Samples(variant, dataset)) == 1
     del dataset.truth["annotations"][3]["rbox"]
-    with pytest.raises(AlignError, match=r"annotation 4 has no rbox .* but rtmdet_r_embedded has rotated boxes"):
+    with pytest.raises(AlignError, match=r"json: annotation 4 has no rbox .* but rtmdet_r_embedded has rotated boxes"):
         Samples(variant, dataset)
 
 
@@ -108,7 +108,7 @@ def test_tiles_stand_for_the_images_of_any_rotated_variant(tmp_path):
     assert (len(samples.dataset.category_ids), samples.dataset.truth["annotations"]) == (6, [])
     of_one = open_samples(rotated.model_copy(update={"classes": 1}), root)
     assert len(of_one.dataset.truth["annotations"]) == 1, "its classes may be DOTA's"
-    with pytest.raises(AlignError, match="1 categories, but rtmdet_r_embedded has 6 classes"):
+    with pytest.raises(AlignError, match="json: 1 categories, but rtmdet_r_embedded has 6 classes"):
         open_samples(rotated.model_copy(update={"dataset": "dota"}), root)
 
 

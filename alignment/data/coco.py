@@ -49,6 +49,7 @@ class CocoDataset:
         truth: the annotation file; annotations without `iscrowd` and `area` got them.  Annotations of rotated
             objects also have ``rbox``: cx, cy, w, h in pixels and the angle in radians.
         fingerprint: 16 hex digits over image names and annotations, not over the images; see `content_fingerprint`.
+        file: the annotations, as errors name them.
     """
 
     root: Path
@@ -58,6 +59,7 @@ class CocoDataset:
     class_names: list[str]
     truth: dict[str, Any] = field(repr=False)
     fingerprint: str = ""
+    file: Path = Path()
 
     @classmethod
     def open(cls, root: Path, split: str = "val2017", limit: int | None = None) -> CocoDataset:
@@ -109,7 +111,7 @@ class CocoDataset:
                 raise AlignError(f"{entry.path}: no such image, but {path.name} lists it", layout)
         ids, names = [c["id"] for c in categories], [str(c.get("name", c["id"])) for c in categories]
         truth["annotations"] = _completed(truth["annotations"], set(ids), path, layout)
-        return cls(root, split, entries, ids, names, truth, digest.hexdigest()[:16])
+        return cls(root, split, entries, ids, names, truth, digest.hexdigest()[:16], path)
 
     @cached_property
     def content_fingerprint(self) -> str:
@@ -131,7 +133,7 @@ class CocoDataset:
         """Raises AlignError when a model with `count` classes cannot be scored on this dataset."""
         if count != len(self.category_ids):
             raise AlignError(
-                f"{self.root}: {len(self.category_ids)} categories, but {variant} has {count} classes",
+                f"{self.file}: {len(self.category_ids)} categories, but {variant} has {count} classes",
                 "give the data that the variant was trained for, or mend `classes` in its YAML",
             )
 
@@ -141,7 +143,7 @@ class CocoDataset:
             box = entry.get("rbox")
             if not (isinstance(box, list) and len(box) == 5 and all(map(_is_number, box))):
                 raise AlignError(
-                    f"{self.root}: annotation {entry.get('id')} has no rbox (cx, cy, w, h, angle), but {variant} has "
+                    f"{self.file}: annotation {entry.get('id')} has no rbox (cx, cy, w, h, angle), but {variant} has "
                     "rotated boxes",
                     "set `dataset` in its YAML to dota or synthetic_rotated, or add rbox to the annotations",
                 )

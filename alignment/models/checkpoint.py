@@ -239,8 +239,12 @@ _SERVED = {
 }
 
 
-class _InertUnpickler(pickle.Unpickler):
-    """Imports nothing.  Storage classes (``torch.FloatStorage`` ...) are served by torch.load's own subclass."""
+class _InertUnpickler(pickle._Unpickler):
+    """Imports nothing.  Storage classes (``torch.FloatStorage`` ...) are served by torch.load's own subclass.
+
+    It is the one that is written in Python, whose memo has what a pickle puts there: the other's is as long as the
+    largest number that a pickle gives, gigabytes for one damaged byte.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         return _SERVED.get((module, name), _Inert)

@@ -296,9 +296,7 @@ class _Observed:
     def __init__(self, graph: onnx.ModelProto, names: list[str], path: Path) -> None:
         self.image, *self.others = names
         self._graph, self._path = graph, path
-        # Threads that spin while they wait would take the processor from those that have work: ours, and others' on a
-        # machine that is shared.
-        self._session = open_session(mark_outputs(graph, self.others), path, spin=False) if self.others else None
+        self._session = open_session(mark_outputs(graph, self.others), path) if self.others else None
         self._kept: dict[str, np.ndarray] = {}
         self._shape: tuple[int, ...] = ()
 

@@ -14,9 +14,7 @@ from alignment.export.onnx_export import file_digest
 from alignment.runners.base import Runner, cpu_threads, in_pieces
 
 
-def open_session(
-    graph: Path | ModelProto, name: Path | str, optimize: bool = True, threads: int | None = None, spin: bool = True
-) -> Any:
+def open_session(graph: Path | ModelProto, name: Path | str, optimize: bool = True, threads: int | None = None) -> Any:
     """A session of ONNX Runtime on the CPU.
 
     Args:
@@ -24,7 +22,6 @@ def open_session(
         name: what an error calls it.
         optimize: without, every node is computed by itself, as it is.
         threads: default: `cpu_threads`.
-        spin: whether threads that wait keep the processor busy.
 
     Raises:
         AlignError: when ONNX Runtime cannot load it.
@@ -37,8 +34,9 @@ def open_session(
     options.intra_op_num_threads = threads or cpu_threads() or 0
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that spin while they wait would take the processor from those that have work: the other backend's, ours,
+    # and others' on a machine that is shared.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = graph.SerializeToString() if isinstance(graph, ModelProto) else str(graph)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -39,7 +39,7 @@ def bare(spin: bool) -> Callable[[Setting], Work]:
             if spin:
                 session = InferenceSession(str(model), providers=["CPUExecutionProvider"])
             else:
-                session = open_session(model, model, spin=False)
+                session = open_session(model, model)
             for image in images:
                 session.run(None, {images.name: image})
 

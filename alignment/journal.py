@@ -48,26 +48,26 @@ class Journal:
 
     Attributes:
         folder: where they lie; nobody else writes there but the same run.
-        batch: images that go through a backend at once: pieces end where batches do, so that the same ones follow.
+        turn: images that a backend answers in a row: pieces end where turns do, so that the same ones follow.
         done: how many images they hold.
         resumed: how many of them an earlier run left.
     """
 
     folder: Path
-    batch: int = 1
+    turn: int = 1
     done: int = 0
     resumed: int = 0
     _written: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, parent: Path, samples: Samples, sides: Sequence[Kept], how: tuple[int, int]) -> Journal:
+    def open(cls, parent: Path, samples: Samples, sides: Sequence[Kept], how: tuple[int, int, int]) -> Journal:
         """That of a run, below `parent`.
 
         Args:
             parent: a folder.
             samples: the images.
             sides: the backends.
-            how: the batch, and on how many images float64 is run.
+            how: the batch, on how many images float64 is run, and the turn.
         """
         dataset = samples.dataset
         # An engine that is taken from the cache is the one that was built.
@@ -76,7 +76,7 @@ class Journal:
         cases = [side.case.id for side in sides]
         identity = [samples.variant.model_dump(mode="json"), cases, provenance, how, images, __version__, _sources()]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return cls(parent / digest[:16], how[0])
+        return cls(parent / digest[:16], how[2])
 
     def restore(self, images: Sequence[int], sides: Sequence[Kept], truth: Referee) -> int:
         """Fills in what was measured, and returns of how many of the images, the first."""
@@ -101,7 +101,7 @@ class Journal:
     def keep(self, images: Sequence[int], end: int, sides: Sequence[Kept], truth: Referee) -> None:
         """Writes a piece, where one is due; all images up to `end` were measured."""
         due = end - self.done >= IMAGES or time.monotonic() - self._written >= SECONDS
-        if end < len(images) and (not due or end % self.batch):
+        if end < len(images) and (not due or end % self.turn):
             return
         told = {
             "seconds": truth.seconds,

@@ -52,6 +52,7 @@ def samples() -> Samples:
 def small(monkeypatch):
     """Pieces of two images, and a referee that is a runner too."""
     monkeypatch.setattr(journal, "IMAGES", 2)
+    monkeypatch.setattr(pipeline, "TURN", 2)
     monkeypatch.setattr(Referee, "open", lambda variant, reference: Referee(Seeing(0.0)))
 
 

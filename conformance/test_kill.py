@@ -118,7 +118,7 @@ COMMANDS = {
         ("pipeline:_Side.run",),
         lost=4,
         first="cache/entries/run/*/*/*.npz",
-        constants={"journal:IMAGES": 2},
+        constants={"journal:IMAGES": 2, "pipeline:TURN": 2},
     ),
     "ladder": Long(
         "ladder planted.yaml --until ptq --backend torch,onnxruntime --images 3 --out out",

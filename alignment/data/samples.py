@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from alignment.variant import Variant
 
 #: The split that detectors were trained on, and that int8 is calibrated on: scores are taken on the other one.
 CALIBRATION_SPLIT = "train2017"
+#: Images that are read while those before them are worked on.
+AHEAD = 4
 #: Below ``ALIGN_DATA``.
 FOLDERS = {"coco": "coco", "dota": "dota8"}
 
@@ -47,7 +50,7 @@ class Sample:
 
 
 class Samples:
-    """The images of a dataset, preprocessed as a variant asks for; iterating reads one image ahead."""
+    """The images of a dataset, preprocessed as a variant asks for; iterating reads `AHEAD` images ahead."""
 
     def __init__(self, variant: Variant, dataset: CocoDataset) -> None:
         dataset.require_classes(variant.classes, variant.name)
@@ -67,13 +70,16 @@ class Samples:
         entries = self.dataset.images[count:end]
         if not entries:
             return
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self.load, entries[0])
-            for following in [*entries[1:], None]:
-                sample = ahead.result()
+        pool = ThreadPoolExecutor(1)
+        try:
+            ahead = deque(pool.submit(self.load, entry) for entry in entries[:AHEAD])
+            for following in [*entries[AHEAD:], *[None] * len(ahead)]:
+                sample = ahead.popleft().result()
                 if following is not None:
-                    ahead = pool.submit(self.load, following)
+                    ahead.append(pool.submit(self.load, following))
                 yield sample
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def load(self, entry: ImageEntry) -> Sample:
         """Reads and preprocesses one image.  Raises AlignError for a file that is no image."""

@@ -156,6 +156,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a field": (tamper(lambda about: about.pop("made")), "entry.json: made: Field required"),
     "layout": (tamper(lambda about: about.update(layout=0)), "of another layout: 0, here 1"),
     "stale": (tamper(lambda about: about["inputs"].update(level=0)), "of another inputs.level: 0, here 3"),
+    "of lines": (tamper(lambda about: about["inputs"].update(level="a\nb")), "of another inputs.level: a b, here 3"),
     "another TensorRT": (
         tamper(lambda about: about["versions"].update(tensorrt="10.16.1")),
         "of another versions.tensorrt: 10.16.1, here 8.6.1",
@@ -192,7 +193,7 @@ def test_prune_removes_what_is_not_sound_alone(how):
     spoil(folder)
     pruned = room.prune()
     # By itself an entry does not know what is asked for; unfinished work may be gone on with.
-    own = how not in ("layout", "stale", "another TensorRT", "another GPU", "unfinished")
+    own = how not in ("layout", "stale", "of lines", "another TensorRT", "another GPU", "unfinished")
     assert [why.startswith(reason) for _, why in pruned.removed] == [True] * own
     assert folder.exists() != own
     assert sound.exists()

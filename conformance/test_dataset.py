@@ -237,18 +237,27 @@ def test_an_image_with_a_damaged_middle_is_named_and_no_decoder_has_a_say_of_its
     assert capfd.readouterr().err == ""
 
 
-def test_what_others_say_while_an_image_is_decoded_is_not_lost(tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"libpng warning: iCCP: known incorrect sRGB profile\n\n",
+        b"[ERROR:0@1.2] global loadsave.cpp:1166 imdecode_ error: (-2:Unspecified error) in function 'readLZW'\n"
+        b"> Too long LZW length in GIF.:\n>     'idx + length <= width * height'\n> where\n>     'idx' is 153222\n",
+    ],
+    ids=["libpng", "OpenCV"],
+)
+def test_what_others_say_while_an_image_is_decoded_is_not_lost(tmp_path, capfd, monkeypatch, said):
     path = tmp_path / "image.png"
     cv2.imwrite(str(path), noise())
     plain = cv2.imdecode
 
     def talking(*arguments: Any) -> np.ndarray:
-        os.write(2, b"a thread has something to say\nlibpng warning: iCCP: known incorrect sRGB profile\n\n")
+        os.write(2, b"> a thread has something to say\n" + said)
         return plain(*arguments)
 
     monkeypatch.setattr(cv2, "imdecode", talking)
     assert read_image(path).shape == (256, 256, 3)
-    assert capfd.readouterr().err == "a thread has something to say\n"
+    assert capfd.readouterr().err == "> a thread has something to say\n"
 
 
 @pytest.mark.parametrize("kind", ["grey", "alpha", "jpeg", "turned"])

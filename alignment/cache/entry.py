@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from alignment.reading import cut
 from alignment.storage import cache_dir, writing
 
 ENTRY = "entry.json"
@@ -168,9 +169,8 @@ def digest_of(fields: Mapping[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: of a long one its beginning."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    """A value in a message: on one line, of a long one its beginning."""
+    return cut(value if isinstance(value, str) else json.dumps(value), _SHOWN)
 
 
 def _flat(group: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from alignment.models.mmyolo_source import build_detector
 from alignment.quantize.trained import Trained, identity_of
 from alignment.report.plot import Mark, Series, dots, scatter
 from alignment.report.run_folder import read_run, to_json
+from alignment.runners.onnxruntime import OnnxRuntimeRunner
 from alignment.runners.record import Record
 from alignment.variant import golden_dir, load_variant
 
@@ -301,6 +302,19 @@ def test_a_model_of_many_times_the_weights_of_its_checkpoint_is_not_built(tmp_pa
     with pytest.raises(AlignError, match=r"cannot be built: ValueError: .* many times the weights of its checkpoint"):
         build_detector(load_variant(variant_file(tmp_path, wide)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started < 2**20  # kB
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_an_input_of_no_images_or_pixels_is_refused(tmp_path, axis):
+    shape = [1, 3, 32, 32]
+    shape[axis] = 0
+    image = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, shape)
+    out = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["images"], ["out"], "relu")], "g", [image], [out])
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "none.onnx")
+    with pytest.raises(AlignError, match=r"none.onnx: inputs images tensor\(float\) \[.*0.*\]: give a model"):
+        OnnxRuntimeRunner(tmp_path / "none.onnx")
 
 
 @given(st.lists(st.floats(width=32), min_size=4, max_size=4), st.tuples(st.integers(1, 900), st.integers(1, 900)))

@@ -72,7 +72,7 @@ class OnnxRuntimeRunner(Runner):
 
         self._session = open_session(path, path, optimize, threads)
         inputs = self._session.get_inputs()
-        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4 or 0 in inputs[0].shape:
             shown = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
             raise AlignError(f"{path}: inputs {shown}", "give a model with one float32 image input [B, 3, H, W]")
         self._path, self._input, self._shape = path, inputs[0].name, inputs[0].shape

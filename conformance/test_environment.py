@@ -173,4 +173,6 @@ def test_plots_take_whatever_nodes_are_called(tmp_path):
     points = [Point([name], 0.5 + 0.1 * place, 0.3, 0.01 * place, 0.9) for place, name in enumerate(NAMES)]
     draw_pareto(tmp_path / "pareto.svg", "$a$b_{$", points, points[0], {name: points[1] for name in NAMES})
     for name in ("ranking.svg", "pareto.svg"):
-        ElementTree.parse(tmp_path / name)
+        root = ElementTree.parse(tmp_path / name).getroot()
+        assert root.tag.endswith("svg")
+        assert len(list(root.iter())) > 10

@@ -228,7 +228,10 @@ def test_an_engine_whose_tensors_have_no_shape_is_refused(tmp_path, size):
 
 def test_names_of_control_characters_are_no_broken_drawing(tmp_path):
     layers = [convolution("a\x1b[31m\x00\ufffe", "x:Half", "a\x07:Half", weights="Half")]
-    ElementTree.fromstring(draw([engine(*layers, times={})]))
+    root = ElementTree.fromstring(draw([engine(*layers, times={})]))
+    said = "".join(root.itertext())
+    assert "[31m" in said
+    assert not {"\x1b", "\x00", "\x07", "\ufffe"} & set(said)
 
 
 def test_a_chart_takes_any_number():

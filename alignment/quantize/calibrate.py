@@ -5,6 +5,7 @@ The statistics are those of all methods: which of them turns a tensor's values i
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -222,18 +223,10 @@ def _observe(
     for name in names:
         if name in held:
             found.tensors.setdefault(name, Statistics())
-    todo = samples.dataset.images[found.images :]
-    saved = found.images
-    with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(1) as ahead:
-
-        def loaded(start: int) -> np.ndarray:
-            return np.stack([samples.load(entry).tensor for entry in todo[start : start + batch]])
-
-        following = ahead.submit(loaded, 0)
-        for start in range(0, len(todo), batch):
-            tensor = following.result()
-            if start + batch < len(todo):
-                following = ahead.submit(loaded, start + batch)
+    saved, images = found.images, samples.after(found.images)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while together := list(itertools.islice(images, batch)):
+            tensor = np.stack([sample.tensor for sample in together])
             seen = [one for one in network.run(tensor).items() if one[0] in held]
             # Big ones first: the threads then end together.
             values = sorted(seen, key=lambda one: -one[1].size)
